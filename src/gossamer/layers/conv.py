@@ -1,0 +1,76 @@
+"""Convolutions on channels-last grids of one, two or three axes.
+
+The weight has PyTorch's layout `(out, in / groups, *kernel)`, so official checkpoints load as they are. The input
+is seen through a permuted view, which is PyTorch's channels_last memory format: nothing is copied.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gossamer.layers.norms import BatchNorm
+
+
+def Conv(
+    dim: int,
+    out: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    groups: int = 1,
+    bias: bool = True,
+    axes: int = 2,
+) -> nn.Module:
+    """A convolution over `axes` grid axes, padded by `kernel // 2` unless said otherwise."""
+    base = (_Conv1d, _Conv2d, _Conv3d)[axes - 1]
+    return base(
+        dim, out, kernel, stride, kernel // 2 if padding is None else padding, groups=groups, bias=bias
+    )
+
+
+class _Conv1d(nn.Conv1d):
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b m o"]:
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class _Conv2d(nn.Conv2d):
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b i j o"]:
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class _Conv3d(nn.Conv3d):
+    def forward(self, x: Float[Tensor, "b t h w c"]) -> Float[Tensor, "b s i j o"]:
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class ConvNorm(nn.Module):
+    """`act(norm(conv(x)))`: the piece stems and merges are made of."""
+
+    def __init__(
+        self,
+        dim: int,
+        out: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        groups: int = 1,
+        bias: bool = True,
+        norm: Callable[[int], nn.Module] = BatchNorm,
+        act: Callable[[], nn.Module] = nn.Identity,
+    ) -> None:
+        super().__init__()
+        self.conv = Conv(dim, out, kernel, stride=stride, padding=padding, groups=groups, bias=bias)
+        self.norm = norm(out)
+        self.act = act()
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b i j o"]:
+        return self.act(self.norm(self.conv(x)))
+
+
+def max_pool(x: Float[Tensor, "b h w c"], size: int, stride: int, padding: int) -> Float[Tensor, "b i j c"]:
+    """Max-pooling of a channels-last map."""
+    return F.max_pool2d(x.movedim(-1, 1), size, stride, padding).movedim(1, -1)

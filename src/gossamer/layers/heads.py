@@ -1,0 +1,76 @@
+"""From tokens to an answer."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+def mean_pool(
+    x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None
+) -> Float[Tensor, "b c"]:
+    """Mean over the (valid) tokens; a sample with none gives zeros."""
+    x = x.flatten(1, -2)
+    if mask is None:
+        return x.mean(1)
+    weight = mask.flatten(1)[..., None].to(x.dtype)
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+class SequencePool(nn.Module):
+    """`z = sum_n softmax_n(w . x_n + b) x_n`.
+
+    Source: Hassani et al. 2021, "Escaping the Big Data Paradigm with Compact Transformers", section 3.2.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(dim, 1)
+
+    def forward(
+        self, x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None
+    ) -> Float[Tensor, "b c"]:
+        x = x.flatten(1, -2)
+        score = self.score(x)
+        if mask is not None:
+            score = score.masked_fill(~mask.flatten(1)[..., None], torch.finfo(score.dtype).min)
+        return (score.softmax(1).transpose(1, 2) @ x)[:, 0]
+
+
+class Classifier(nn.Module):
+    """Pool the tokens, normalise, drop, and score the classes: `linear(drop(norm(pool(x))))`.
+
+    Args:
+        pool: `mean` of the tokens, the first `token`, or `sequence` pooling.
+        norm: factory of a norm on the pooled vector, or None.
+        num_classes: 0 gives the pooled vector itself.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        pool: Literal["mean", "token", "sequence"] = "mean",
+        norm: Callable[[int], nn.Module] | None = None,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.kind = pool
+        self.pool = SequencePool(dim) if pool == "sequence" else None
+        self.norm = norm(dim) if norm else None
+        self.drop = nn.Dropout(drop)
+        self.fc = nn.Linear(dim, num_classes) if num_classes else None
+
+    def forward(
+        self, x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None
+    ) -> Float[Tensor, "b k"]:
+        if self.pool is not None:
+            x = self.pool(x, mask)
+        else:
+            x = x[:, 0] if self.kind == "token" else mean_pool(x, mask)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.fc is None else self.fc(self.drop(x))

@@ -1,0 +1,77 @@
+"""The channel MLP: each token by itself.
+
+`y = W2 act(W1 x)`, with an optional norm after each product (the BatchNorm form of EfficientFormer).
+
+- linear layers on channels-last tensors are the 1x1 convolutions of channels-first code
+- prunable: hidden units
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gossamer.layers.prune import check_axis, slice_linear, slice_norm
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between.
+
+    Args:
+        dim: channels in and out.
+        hidden: channels between.
+        act: activation factory.
+        drop: dropout probability after each product.
+        bias: whether the products add one.
+        norm: factory of a norm over channels after each product, or None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        act: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        bias: bool = True,
+        norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, bias)
+        self.norm1 = norm(hidden) if norm else None
+        self.act = act()
+        self.fc2 = nn.Linear(hidden, dim, bias)
+        self.norm2 = norm(dim) if norm else None
+        self.drop = nn.Dropout(drop) if drop else None
+
+    def forward(self, x: Float[Tensor, "b *grid c"]) -> Float[Tensor, "b *grid c"]:
+        x = self.fc1(x)
+        if self.norm1 is not None:
+            x = self.norm1(x)
+        x = self.act(x)
+        if self.drop is not None:
+            x = self.drop(x)
+        x = self.fc2(x)
+        if self.norm2 is not None:
+            x = self.norm2(x)
+        return x if self.drop is None else self.drop(x)
+
+    def widths(self) -> dict[str, int]:
+        return {"hidden": self.fc1.out_features}
+
+    def importance(self, axis: str) -> Float[Tensor, " n"]:
+        check_axis(self, axis)
+        score = self.fc1.weight.detach().norm(dim=1) * self.fc2.weight.detach().norm(dim=0)
+        if isinstance(self.norm1, nn.BatchNorm1d):
+            # A batch norm undoes the scale of the weights before it and sets its own.
+            score = self.norm1.weight.detach().abs() * self.fc2.weight.detach().norm(dim=0)
+        return score
+
+    def keep(self, axis: str, index: Int[Tensor, " k"]) -> None:
+        check_axis(self, axis)
+        with torch.no_grad():
+            slice_linear(self.fc1, index, inputs=False)
+            slice_linear(self.fc2, index, inputs=True)
+            if self.norm1 is not None:
+                slice_norm(self.norm1, index)

@@ -1,0 +1,48 @@
+"""One width from end to end: ViT, text classifiers, language models, hybrids (a mixer list gives them).
+
+`head(norm(block_L(… block_1(stem(x)))))`
+"""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+
+class Isotropic(nn.Module):
+    """Stem, blocks of one width, norm, head.
+
+    Args:
+        stem: input to `(tokens (b, *grid, c), mask or None)`.
+        blocks: applied in turn, each given the mask when there is one.
+        norm: on the tokens after the last block, or None.
+        head: `(tokens, mask) -> answer`.
+    """
+
+    def __init__(
+        self, stem: nn.Module, blocks: Sequence[nn.Module], *, norm: nn.Module | None, head: nn.Module
+    ):
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.head = head
+
+    def encode(self, x: Shaped[Tensor, "b ..."]) -> tuple[Tensor, Tensor | None]:
+        """The tokens after the last block and norm, and their mask."""
+        x, mask = self.stem(x)
+        for block in self.blocks:
+            x = block(x) if mask is None else block(x, mask=mask)
+        return (x if self.norm is None else self.norm(x)), mask
+
+    def forward(self, x: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        tokens, mask = self.encode(x)
+        return self.head(tokens, mask)
+
+    def features(self, x: Float[Tensor, "b i height width"]) -> list[Float[Tensor, "b h w c"]]:
+        """The one map an isotropic image model has, learned tokens removed."""
+        tokens, _ = self.encode(x)
+        if tokens.ndim == 4:
+            return [tokens]
+        h, w = self.stem.grid
+        return [tokens[:, -h * w :].unflatten(1, (h, w))]
