@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from gossamer import __version__
-from gossamer.cli import info, listing
+from gossamer.cli import advise, fit, info, listing, predict, train
 from gossamer.cli.group import OneLineErrors
 
 __all__ = ["app", "main"]
@@ -21,12 +21,17 @@ app = typer.Typer(
     cls=OneLineErrors,
     help="Efficient transformers, picked by budget on your own device.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command("fit")(fit.command)
+app.command("advise")(advise.command)
+app.command("predict")(predict.command)
 app.command("list")(listing.command)
 app.command("info")(info.command)
+app.command("train")(train.command)
 
 
 def _version(asked: bool) -> None:

@@ -51,11 +51,7 @@ def parse_duration(text: str) -> float:
     """
     match = _DURATION.fullmatch(text.strip().lower())
     try:
-        seconds = (
-            sum(float(n) * s for n, s in zip(match.groups(), (3600, 60, 1), strict=True) if n)
-            if match
-            else 0.0
-        )
+        seconds = sum(float(n) * s for n, s in zip(match.groups(), (3600, 60, 1), strict=True) if n) if match else 0.0
     except ValueError:  # two points in one number
         seconds = 0.0
     if not seconds > 0:

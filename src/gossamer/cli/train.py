@@ -1,0 +1,66 @@
+"""`gossamer train MODEL DATA`: one model by name, trained without a search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gossamer.cli.options import (
+    AsJson,
+    Data,
+    Horizon,
+    LabelColumn,
+    Lookback,
+    Seed,
+    Target,
+    Task,
+    TextColumn,
+    reader_options,
+)
+from gossamer.cli.show import print_json
+from gossamer.cli.units import parse_duration
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A model's name, e.g. autoformer or cct_7_3x1_32.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same one goes on where it was.")],
+    task: Task = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.", min=1)] = None,
+    time: Annotated[str | None, typer.Option(help="Stop after this long, like 20m.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", min=0.0)] = None,
+    batch: Annotated[int | None, typer.Option(help="Batch size, all processes together.", min=1)] = None,
+    seed: Seed = 0,
+    horizon: Horizon = None,
+    lookback: Lookback = None,
+    target: Target = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one model by name."""
+    seconds = parse_duration(time) if time is not None else None
+    options = reader_options(
+        horizon=horizon, lookback=lookback, target=target, text_column=text_column, label_column=label_column
+    )
+
+    from gossamer.train import train_model
+
+    result = train_model(
+        model,
+        data,
+        out=out,
+        task=task,
+        epochs=epochs,
+        seconds=seconds,
+        lr=lr,
+        batch_size=batch,
+        seed=seed,
+        options=options,
+    )
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo("\n".join(f"{key:14} {value}" for key, value in result.items()))
