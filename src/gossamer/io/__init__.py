@@ -1,0 +1,21 @@
+"""Files in and out: atomic writes, weights, archives from outside, ONNX."""
+
+from .archive import safe_extract
+from .files import atomic_path, atomic_write, read_json, write_json
+from .onnx import Certificate, export_onnx, onnx_callable, onnx_session
+from .weights import load_weights, read_checkpoint, save_weights
+
+__all__ = [
+    "Certificate",
+    "atomic_path",
+    "atomic_write",
+    "export_onnx",
+    "load_weights",
+    "onnx_callable",
+    "onnx_session",
+    "read_checkpoint",
+    "read_json",
+    "safe_extract",
+    "save_weights",
+    "write_json",
+]
