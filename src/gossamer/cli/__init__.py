@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from gossamer import __version__
-from gossamer.cli import advise, fit, info, listing, predict, train
+from gossamer.cli import advise, export, fit, info, listing, measure, predict, train
 from gossamer.cli.group import OneLineErrors
 
 __all__ = ["app", "main"]
@@ -31,13 +31,16 @@ app.command("advise")(advise.command)
 app.command("predict")(predict.command)
 app.command("list")(listing.command)
 app.command("info")(info.command)
+app.command("measure")(measure.command)
 app.command("train")(train.command)
+app.command("export")(export.command)
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"gossamer {__version__}")
         raise typer.Exit()
+    return asked
 
 
 @app.callback()

@@ -15,6 +15,8 @@ from gossamer.cli.options import (
     Target,
     Task,
     TextColumn,
+    TimeColumn,
+    Tokenizer,
     reader_options,
 )
 from gossamer.cli.show import print_json, print_table
@@ -29,14 +31,22 @@ def command(
     horizon: Horizon = None,
     lookback: Lookback = None,
     target: Target = None,
+    time_column: TimeColumn = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    tokenizer: Tokenizer = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank models for your data and budget without training any."""
     limits = parse_budget(budget) if budget else {}
     options = reader_options(
-        horizon=horizon, lookback=lookback, target=target, text_column=text_column, label_column=label_column
+        horizon=horizon,
+        lookback=lookback,
+        target=target,
+        time_column=time_column,
+        text_column=text_column,
+        label_column=label_column,
+        tokenizer=tokenizer,
     )
 
     from gossamer.fit import advise

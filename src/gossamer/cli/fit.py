@@ -18,6 +18,8 @@ from gossamer.cli.options import (
     Target,
     Task,
     TextColumn,
+    TimeColumn,
+    Tokenizer,
     reader_options,
 )
 from gossamer.cli.show import print_json
@@ -41,8 +43,10 @@ def command(
     horizon: Horizon = None,
     lookback: Lookback = None,
     target: Target = None,
+    time_column: TimeColumn = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    tokenizer: Tokenizer = None,
     as_json: AsJson = False,
 ) -> None:
     """Find, train, shrink and export the best small model for your data within a budget."""
@@ -51,7 +55,13 @@ def command(
     limits = parse_budget(budget) if budget else {}
     seconds = parse_duration(time)
     options = reader_options(
-        horizon=horizon, lookback=lookback, target=target, text_column=text_column, label_column=label_column
+        horizon=horizon,
+        lookback=lookback,
+        target=target,
+        time_column=time_column,
+        text_column=text_column,
+        label_column=label_column,
+        tokenizer=tokenizer,
     )
 
     from gossamer.fit import FitOptions, fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,19 +13,22 @@ __all__ = [
     "Data",
     "DataOrNone",
     "Horizon",
+    "InputSize",
     "LabelColumn",
     "Lookback",
     "Seed",
     "Target",
     "Task",
     "TextColumn",
+    "TimeColumn",
+    "Tokenizer",
     "reader_options",
 ]
 
 _DATA = typer.Argument(
     metavar="DATA",
     help="A folder or archive of images, a CSV, TSV, Parquet or JSON lines file, a Hub name, "
-    "or a built-in such as digits or etth1.",
+    "or a built-in: digits, toy-images, toy-text, toy-series.",
 )
 Data = Annotated[str, _DATA]
 DataOrNone = Annotated[str | None, _DATA]
@@ -41,6 +45,17 @@ Lookback = Annotated[int | None, typer.Option(help="Series: steps the model read
 Target = Annotated[str | None, typer.Option(help="Series: forecast this column alone, not all.")]
 TextColumn = Annotated[str | None, typer.Option(help="Text: the column to classify.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Text: the column that holds the class.")]
+TimeColumn = Annotated[str | None, typer.Option(help="Series: the column that holds the time.")]
+Tokenizer = Annotated[
+    Path | None, typer.Option(help="Text: a tokenizer.json to use; one is trained on the data otherwise.")
+]
+InputSize = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        help="3x224x224 for images, 128 for tokens, 96x7 for steps x channels; the model's own if not given.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -49,15 +64,19 @@ def reader_options(
     horizon: int | None,
     lookback: int | None,
     target: str | None,
+    time_column: str | None,
     text_column: str | None,
     label_column: str | None,
+    tokenizer: Path | None,
 ) -> dict[str, Any]:
     """The keywords of `gossamer.data.read_dataset` that were given."""
     given = {
         "horizon": horizon,
         "lookback": lookback,
         "target": target,
+        "time": time_column,
         "text": text_column,
         "label": label_column,
+        "tokenizer": tokenizer,
     }
     return {key: value for key, value in given.items() if value is not None}

@@ -35,7 +35,8 @@ def model_and_inputs(name: str, shape: str | None) -> tuple[nn.Module, tuple[Ten
         from gossamer.shrink.recipe import load
 
         model = load(folder)
-        settings = _settings(model.config)
+        config: Any = model.config
+        settings = _settings(config)
     else:
         wanted = _overrides(_settings({"name": name}), size)
         model = create_model(name, **wanted)

@@ -17,6 +17,8 @@ from gossamer.cli.options import (
     Target,
     Task,
     TextColumn,
+    TimeColumn,
+    Tokenizer,
     reader_options,
 )
 from gossamer.cli.show import print_json
@@ -36,14 +38,22 @@ def command(
     horizon: Horizon = None,
     lookback: Lookback = None,
     target: Target = None,
+    time_column: TimeColumn = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    tokenizer: Tokenizer = None,
     as_json: AsJson = False,
 ) -> None:
     """Train one model by name."""
     seconds = parse_duration(time) if time is not None else None
     options = reader_options(
-        horizon=horizon, lookback=lookback, target=target, text_column=text_column, label_column=label_column
+        horizon=horizon,
+        lookback=lookback,
+        target=target,
+        time_column=time_column,
+        text_column=text_column,
+        label_column=label_column,
+        tokenizer=tokenizer,
     )
 
     from gossamer.train import train_model

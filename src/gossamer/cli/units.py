@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 
-__all__ = ["parse_budget", "parse_count", "parse_duration", "parse_shape", "short"]
+__all__ = ["parse_budget", "parse_duration", "parse_positive", "parse_shape", "short"]
 
 _BYTES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
@@ -71,9 +71,16 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def parse_count(text: str, name: str) -> float:
-    """`"1.5M"` -> 1.5e6. `name` is what an error calls the value."""
-    return _quantity(text, _COUNTS, name, f"{name}=1M (K, M, G or nothing)")
+def parse_positive(text: str, name: str) -> int:
+    """`"16"` -> 16. `name` is what an error calls the value.
+
+    Raises:
+        ValueError: `text` is no positive whole number.
+    """
+    text = text.strip()
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ValueError(f"{name} must be a positive whole number, got {text!r}")
+    return int(text)
 
 
 def _quantity(text: str, units: dict[str, float], name: str, example: str) -> float:

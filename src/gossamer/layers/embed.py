@@ -112,7 +112,7 @@ class TokenStem(nn.Module):
         if self.positions is not None and not self.position_tokens:
             x = x + self.positions
         if self.tokens is not None:
-            x = torch.cat((self.tokens.expand(len(x), -1, -1), x), 1)
+            x = torch.cat((self.tokens.expand(x.shape[0], -1, -1), x), 1)
         if self.positions is not None and self.position_tokens:
             x = x + self.positions
         return self.drop(x), None
@@ -162,7 +162,7 @@ class TextStem(nn.Module):
             raise ValueError(f"text is {ids.shape[1]} tokens long, the model takes {self.max_len} (max_len)")
         x, mask = self.words(ids), ids != self.pad_id
         if self.token is not None:
-            x = torch.cat((self.token.expand(len(x), -1, -1), x), 1)
+            x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), 1)
             mask = torch.cat((torch.ones_like(mask[:, :1]), mask), 1)
         if self.positions is not None:
             x = x + self.positions[:, : x.shape[1]]
