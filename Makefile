@@ -22,11 +22,11 @@ bench: .venv/installed-bench
 
 install: .venv/installed
 
+# torch by itself first: asked for as a dependency of others, pip may take a newer or larger build.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; say which with: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	# torch by itself first: asked for as a dependency, its newest build would be taken.
 	$(PIP) torch
 	$(PIP) -e .
 	touch $@

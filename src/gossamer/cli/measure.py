@@ -52,8 +52,7 @@ def command(
             budget_s=seconds,
             per_layer=per_layer,
         )
-    name = getattr(module, "config", {}).get("name", model)
-    result = {"model": model, "published": catalogue.published(name), **result}
+    result = {"model": model, "published": catalogue.published(model), **result}
     if as_json:
         print_json(result)
     else:

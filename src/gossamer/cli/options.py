@@ -77,6 +77,6 @@ def reader_options(
         "time": time_column,
         "text": text_column,
         "label": label_column,
-        "tokenizer": tokenizer,
+        "tokenizer": str(tokenizer) if tokenizer else None,
     }
     return {key: value for key, value in given.items() if value is not None}

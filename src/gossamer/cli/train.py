@@ -22,7 +22,7 @@ from gossamer.cli.options import (
     reader_options,
 )
 from gossamer.cli.show import print_json
-from gossamer.cli.units import parse_duration
+from gossamer.cli.units import parse_duration, short
 
 
 def command(
@@ -69,8 +69,12 @@ def command(
         batch_size=batch,
         seed=seed,
         options=options,
+        quiet=as_json,
     )
     if as_json:
         print_json(result)
-    else:
-        typer.echo("\n".join(f"{key:14} {value}" for key, value in result.items()))
+        return
+    for key, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {short(v) if isinstance(v, float) else v}" for name, v in value.items())
+        typer.echo(f"{key:14} {value}")
