@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from jaxtyping import config
 
 from gossamer.ops import patterns as p
 
@@ -179,3 +180,36 @@ def test_flex_falls_back_to_dense_where_nothing_compiles(monkeypatch):
 def test_impossible_patterns_are_refused(call):
     with pytest.raises(ValueError, match=r"got|must"):
         call()
+
+
+class Gathered(torch.nn.Module):
+    def forward(self, q, k, v):
+        return p.local_attention(q, k, v, 8, causal=True), p.band_attention(q, k, v, 5, 3)
+
+
+@pytest.fixture
+def symbolic_sizes():
+    """A symbolic size is no `int`, so the run-time check of annotations is off while a graph is traced."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+def test_a_graph_exported_at_a_whole_number_of_windows_serves_every_length(tmp_path, symbolic_sizes):
+    ort = pytest.importorskip("onnxruntime")
+    inputs = [torch.randn(1, 2, 64, 4) for _ in range(3)]
+    n = torch.export.Dim("n", min=9, max=4096)
+    torch.onnx.export(
+        Gathered().eval(),
+        tuple(inputs),
+        tmp_path / "p.onnx",
+        dynamo=True,
+        dynamic_shapes=({2: n},) * 3,
+        verbose=False,
+    )
+    session = ort.InferenceSession(tmp_path / "p.onnx", providers=["CPUExecutionProvider"])
+    for length in (64, 77):
+        inputs = [torch.randn(1, 2, length, 4) for _ in range(3)]
+        out = session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)})
+        for one, two in zip(out, Gathered()(*inputs), strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), two, atol=1e-5, rtol=0)

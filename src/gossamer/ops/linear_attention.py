@@ -180,8 +180,9 @@ def causal_linear_attention(
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     fq, fk = _features(q, k, feature_map, mask)
     n, m, e = q.shape[-2], fq.shape[-1], v.shape[-1]
-    pad = -n % chunk
-    fq, fk, v = (F.pad(t, (0, 0, 0, pad)).unflatten(-2, (-1, chunk)) for t in (fq, fk, v))
+    chunks = (n + chunk - 1) // chunk
+    pad = chunks * chunk - n
+    fq, fk, v = (F.pad(t, (0, 0, 0, pad)).unflatten(-2, (chunks, chunk)) for t in (fq, fk, v))
     if state is None:
         lead = fq.shape[:-3]
         state = LinearState(fq.new_zeros(*lead, m, e), fq.new_zeros(*lead, m))

@@ -66,6 +66,11 @@ def _joint(one: Pattern, two: Pattern) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
+def _blocks(n: int, size: int) -> int:
+    """`n / size` rounded up, without a negative operand: ONNX rounds the quotient of a symbolic size to zero."""
+    return (n + size - 1) // size
+
+
 def _positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
@@ -160,7 +165,7 @@ def selected(index: Int[Tensor, "b h rows m"], n_k: int, *, q_block: int = 1, k_
         ValueError: a listed block does not exist.
     """
     _positive(n_k=n_k, q_block=q_block, k_block=k_block)
-    columns = -(-n_k // k_block)
+    columns = _blocks(n_k, k_block)
     if index.numel() and (int(index.max()) >= columns or int(index.min()) < -1):
         raise ValueError(f"index must name blocks in -1..{columns - 1}, got {int(index.min())}..{int(index.max())}")
     seen = torch.zeros(*index.shape[:3], columns + 1, dtype=torch.bool, device=index.device)
@@ -319,11 +324,11 @@ def local_attention(
     """
     _positive(window=window)
     b, h, n, _ = q.shape
-    blocks = -(-n // window)
+    blocks = _blocks(n, window)
     pad = blocks * window - n
-    if pad and mask is None:
-        mask = q.new_ones(b, n, dtype=torch.bool)
-    q, k, v = (F.pad(t, (0, 0, 0, pad)) if pad else t for t in (q, k, v))
+    if not isinstance(pad, int) or pad:  # a symbolic pad may be any, so a graph traced with 0 must pad as well
+        mask = q.new_ones(b, n, dtype=torch.bool) if mask is None else mask
+        q, k, v = (F.pad(t, (0, 0, 0, pad)) for t in (q, k, v))
     q, k, v = (t.reshape(b * h, blocks, window, t.shape[-1]) for t in (q, k, v))
     seen = None
     if causal:
@@ -364,7 +369,7 @@ def band_attention(
     _band(back, ahead)
     b, h, n, _ = q.shape
     chunk = min(max(back + ahead + 1, 32), n)
-    chunks = -(-n // chunk)
+    chunks = _blocks(n, chunk)
     pad = chunks * chunk - n
     reach = chunk + back + ahead
     q = F.pad(q, (0, 0, 0, pad)).reshape(b * h, chunks, chunk, -1)
@@ -410,8 +415,8 @@ def block_attention(
     _positive(block=block)
     b, h, n, _ = q.shape
     rows, m = index.shape[-2:]
-    if rows != -(-n // block):
-        raise ValueError(f"index must have {-(-n // block)} rows for n={n}, block={block}, got {rows}")
+    if rows != _blocks(n, block):
+        raise ValueError(f"index must have {_blocks(n, block)} rows for n={n}, block={block}, got {rows}")
     pad = rows * block - n
     if mask is None:
         mask = q.new_ones(1, n, dtype=torch.bool)

@@ -80,7 +80,8 @@ def merge(
     size = x.new_ones(b, n) if size is None else size
     even = torch.arange(0, n, 2, device=x.device)
     odd = torch.arange(1, n, 2, device=x.device)
-    free = len(range(protect + protect % 2, n, 2)) if n > max(protect, 1) else 0
+    partners = n // 2 - protect // 2
+    free = (n + 1) // 2 - (protect + 1) // 2 if partners > 0 else 0
     if not 0 <= r <= free:
         raise ValueError(f"r must be in 0..{free} for n={n}, protect={protect}, got {r}")
     goes = torch.arange(n, device=x.device).expand(b, n)  # the position each token's content moves to
