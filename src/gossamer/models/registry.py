@@ -33,6 +33,7 @@ class SystemEntry:
         rules: `(pattern, replacement)` from official keys to ours, applied in order; None drops the key.
         convert: `(model, state) -> state` for the tensors that change shape.
         scale: `(spec, size) -> (variant, keywords) | None`, a small model of this family for the data at hand.
+        training: the authors' learning settings, keywords of `gossamer.train.Settings` with `epochs` and `schedule`.
     """
 
     slug: str
@@ -42,6 +43,7 @@ class SystemEntry:
     rules: Rules = ()
     convert: Callable[[nn.Module, State], State] | None = None
     scale: Callable[[dict[str, Any], str], tuple[str, dict[str, Any]] | None] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
     doc: str = field(default="", repr=False)
 
 
@@ -56,13 +58,14 @@ def register_system(
     rules: Rules = (),
     convert: Callable[[nn.Module, State], State] | None = None,
     scale: Callable[[dict[str, Any], str], tuple[str, dict[str, Any]] | None] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Registers a builder as the system `slug`; see `SystemEntry` for the arguments."""
 
     def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         doc = inspect.getdoc(inspect.getmodule(build)) or ""
         _SYSTEMS[slug] = SystemEntry(
-            slug, build, dict(variants), tuple(tasks), tuple(rules), convert, scale, doc
+            slug, build, dict(variants), tuple(tasks), tuple(rules), convert, scale, dict(training or {}), doc
         )
         return build
 
@@ -78,9 +81,7 @@ def system(slug: str) -> SystemEntry:
     if slug not in _SYSTEMS:
         entry = catalogue.find(slug)
         if entry.module is None or entry.status == "planned":
-            raise ValueError(
-                f"system {entry.slug!r} is in the catalogue but not built yet (status {entry.status})"
-            )
+            raise ValueError(f"system {entry.slug!r} is in the catalogue but not built yet (status {entry.status})")
         importlib.import_module(entry.module)
     return _SYSTEMS[slug]
 

@@ -1,4 +1,6 @@
-"""The few skeletons every system is an instance of. A trunk takes parts; a system is a trunk with its parts filled in."""
+"""The few skeletons every system is an instance of.
+
+A trunk takes parts; a system is a trunk with its parts filled in."""
 
 from gossamer.trunks.isotropic import Isotropic
 from gossamer.trunks.pyramid import Pyramid

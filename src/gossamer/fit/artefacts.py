@@ -1,0 +1,243 @@
+"""From finalists to files: export, int8, pruning, each measured as the file that will run.
+
+Every file is a point (validation metric, cost). A point that the speed gate rejects is rolled back; the others form
+the front. The winner is the best point within the budget, or a faster one that cannot be told from it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.data.base import Dataset, Split
+from gossamer.fit.candidates import calibration, example_inputs, file_cost
+from gossamer.fit.finish import Finalist
+from gossamer.fit.options import excess, over_budget
+from gossamer.io import export_onnx, onnx_callable, onnx_session, quantize_onnx, sensitivity
+from gossamer.io.quantize import Mode
+from gossamer.measure import macs, parameters, peak_memory
+from gossamer.models.folder import save
+from gossamer.shrink.gate import speed_gate
+from gossamer.shrink.prune import prune
+from gossamer.tasks.base import Task
+from gossamer.train import Settings, Trainer
+from gossamer.train.trainer import model_outputs
+
+CALIBRATION = 256
+MODES: tuple[Mode, ...] = ("dynamic", "static", "mixed")
+LOSS = 0.01  # share of the metric an int8 form may lose before layers are left in floats
+MOST_EXCLUDED = 4
+KEEP = 0.6
+
+
+@dataclass
+class Point:
+    """A file that could be the result.
+
+    Args:
+        form: `float32`, `int8`, `pruned float32`, `pruned int8`.
+        val: the task's metric over the validation split, computed with the file.
+        interval: of the latency, ms.
+        status: `front`, `dominated`, `rolled back`, `over budget`, `winner`.
+    """
+
+    name: str
+    form: str
+    file: str
+    val: float
+    cost: dict[str, float | None]
+    interval: tuple[float, float]
+    status: str = ""
+    why: str = ""
+    certificate: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Workshop:
+    """Makes and measures the files of finalists.
+
+    Args:
+        folder: where the files go.
+    """
+
+    def __init__(self, task: Task, data: Dataset, folder: Path, tell: Callable[[str], None]) -> None:
+        self.task = task
+        self.data = data
+        self.folder = folder
+        self.tell = tell
+        self.one = example_inputs(task, data)
+        self.points: list[Point] = []
+
+    def export(self, name: str, form: str, model: nn.Module) -> Point:
+        """The model as a float file, certified on real inputs."""
+        self.tell(f"exporting {name} ({form})")
+        stem = f"{name}-{form.replace(' ', '-')}"
+        path = self.folder / f"{stem}.onnx"
+        real, _ = self.task.batch(self.data.val, torch.arange(min(8, len(self.data.val))), train=False)
+        names = [f"input_{i}" for i in range(len(self.one))]
+        certificate = export_onnx(
+            model,
+            self.one,
+            path,
+            input_names=names,
+            output_names=["output"],
+            dynamic="batch",
+            real_inputs=real,
+            exporter="fast",
+        )
+        weights = save(model, self.folder / stem)
+        macs_here = macs(model, self.one).total
+        point = self._point(name, form, path, parameters(model), macs_here, str(weights))
+        point.certificate = certificate.to_dict()
+        if not certificate.passed:
+            point.status, point.why = "rolled back", f"export certificate failed: {certificate.reason}"
+        self.points.append(point)
+        return point
+
+    def int8(self, base: Point, form: str = "int8") -> Point | None:
+        """`base` with 8-bit weights and activations: the fastest way of quantising it that loses little.
+
+        Each mode of `quantize_onnx` is tried. Where even the best loses more than `LOSS`, the layers that a trial of
+        each alone shows to lose most stay in floats. The result is a point, rolled back if the speed gate rejects it.
+        """
+        self.tell(f"quantising {base.name}")
+        source = Path(base.file)
+        path = source.with_name(f"{base.name}-{form.replace(' ', '-')}.onnx")
+        index = torch.linspace(0, len(self.data.train) - 1, min(CALIBRATION, len(self.data.train))).long()
+        batches = [self.task.batch(self.data.train, part, train=False)[0] for part in index.split(32)]
+        feeds = list(calibration(source, batches))
+        tried: list[tuple[float, str, Path]] = []
+        reasons = []
+        for mode in MODES:
+            trial = path.with_name(f"{path.stem}-{mode}.onnx")
+            try:
+                quantize_onnx(source, trial, feeds, mode=mode)
+            except Exception as error:  # a graph that a mode cannot take is tried in the next
+                reasons.append(f"{mode}: {str(error).splitlines()[0]}")
+                continue
+            tried.append((file_cost(trial, self.one)[0], mode, trial))
+        if not tried:
+            base.why = f"{base.why} int8 was not possible ({'; '.join(reasons)})".strip()
+            return None
+        mode, words = "", ""
+        for _, mode, trial in sorted(tried):
+            if self._loss(base, trial) <= LOSS:
+                trial.replace(path)
+                break
+        else:
+            _, mode, trial = min(tried)
+            worst = list(sensitivity(source, feeds[:2], mode=mode))[:MOST_EXCLUDED]
+            quantize_onnx(source, path, feeds, mode=mode, exclude=worst)
+            words = f", {len(worst)} layers left in floats"
+        for _, _, trial in tried:
+            trial.unlink(missing_ok=True)
+        point = self._point(base.name, form, path, base.cost["params"], base.cost["macs"], base.model)
+        point.certificate = {**base.certificate, "quantised": f"int8, {mode}, per channel{words}"}
+        verdict = speed_gate(self._caller(base.file), self._caller(path), what="int8")
+        point.cost["latency"], point.interval = verdict.after.median_ms, (verdict.after.low_ms, verdict.after.high_ms)
+        point.why = verdict.why
+        if not verdict.passed:
+            point.status = "rolled back"
+        self.points.append(point)
+        return point
+
+    def _loss(self, base: Point, path: Path) -> float:
+        """How much worse than `base` a file is on part of the validation split, as a share of `base`'s metric."""
+        both = [self.task.metrics(*self.outputs(p, self.data.val, limit=1000)) for p in (base.file, path)]
+        before, after = (m[self.task.metric] for m in both)
+        return (before - after if self.task.maximise else after - before) / max(abs(before), 1e-9)
+
+    def pruned(
+        self, finalist: Finalist, settings: Settings, *, seconds: float, stop: Callable[[], bool]
+    ) -> nn.Module | None:
+        """A copy of the finalist's model with `KEEP` of its widths, recovered with the finalist as teacher."""
+        self.tell(f"pruning {finalist.candidate.name}")
+        model = copy.deepcopy(finalist.model)
+        try:
+            steps = prune(model, KEEP)
+        except ValueError:
+            return None
+        if not steps:
+            return None
+        trainer = Trainer(model, self.task, self.data, settings, teacher=finalist.model)
+        trainer.train(seconds=seconds, schedule="linear", stop=stop)
+        if trainer.ema is not None and trainer.ema.steps:
+            trainer.ema.swap()
+        return model.eval()
+
+    def outputs(self, path: str | Path, split: Split, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
+        """Answers of a file and targets over `split`."""
+        return model_outputs(ExportedModel(path), self.task, split, limit=limit)
+
+    def _point(self, name: str, form: str, path: Path, params: float | None, work: float | None, model: str) -> Point:
+        median, interval = file_cost(path, self.one, seconds=1.0)
+        memory = peak_memory(lambda: self._caller(path)()).mib
+        cost: dict[str, float | None] = {
+            "latency": median,
+            "memory": memory,
+            "size": path.stat().st_size / 1e6,
+            "params": params,
+            "macs": work,
+        }
+        val = float(self.task.metrics(*self.outputs(path, self.data.val))[self.task.metric])
+        return Point(name, form, str(path), val, cost, interval, model=model)
+
+    def _caller(self, path: str | Path) -> Callable[[], Any]:
+        session = onnx_session(path)
+        kept = {node.name for node in session.get_inputs()}
+        return onnx_callable(session, [x for i, x in enumerate(self.one) if f"input_{i}" in kept])
+
+
+class ExportedModel(nn.Module):
+    """An exported file behind a module's call, so that files and models are evaluated by the same code."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.session = onnx_session(path)
+        self.names = [node.name for node in self.session.get_inputs()]
+        self.nothing = nn.Parameter(torch.zeros(0))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        feed = {f"input_{i}": x.numpy() for i, x in enumerate(inputs) if f"input_{i}" in self.names}
+        return torch.from_numpy(self.session.run(None, feed)[0])
+
+
+def choose(
+    points: list[Point], budget: dict[str, float], *, maximise: bool, noise: float
+) -> tuple[Point | None, Point | None]:
+    """Sets every point's status; gives the winner, and the point closest to the budget if none is within it.
+
+    The winner is the fastest of the points within the budget whose metric is within `noise` of the best of them.
+    """
+    sign = 1 if maximise else -1
+    usable = [p for p in points if p.status != "rolled back"]
+    for point in usable:
+        point.status = "dominated" if any(_dominates(q, point, sign) for q in usable) else "front"
+    within = []
+    for point in usable:
+        if excess(point.cost, budget) <= 1:
+            within.append(point)
+        else:
+            point.status = "over budget"
+            point.why = f"{point.why}; {over_budget(point.cost, budget)}".removeprefix("; ")
+    if not within:
+        return None, min(usable, key=lambda p: excess(p.cost, budget), default=None)
+    best = max(sign * p.val for p in within)
+    winner = min((p for p in within if sign * p.val >= best - noise), key=lambda p: p.cost["latency"] or 0.0)
+    winner.status = "winner"
+    return winner, None
+
+
+def _dominates(a: Point, b: Point, sign: int) -> bool:
+    """`a` is at least as good and as fast as `b`, and one of them strictly."""
+    fa, fb = a.cost["latency"] or 0.0, b.cost["latency"] or 0.0
+    return a is not b and sign * a.val >= sign * b.val and fa <= fb and (a.val != b.val or fa < fb)

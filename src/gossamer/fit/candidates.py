@@ -1,0 +1,270 @@
+"""Which models a fit considers, and what each costs on this device before any is trained.
+
+- every registered system for the task, in up to four sizes, scaled to the input by its own rule
+- the cost is that of the exported file under ONNX Runtime, one sample at a time; figures are kept between runs
+- a candidate above the budget is measured again as int8; if that does not fit either it is left out, and the
+  report says by how much it missed
+- the order of trying is a guess from the number of passes over the data there is time for; the race decides
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gossamer import __version__, catalogue
+from gossamer.data.base import Dataset
+from gossamer.fit.options import excess, over_budget
+from gossamer.io import export_onnx, onnx_callable, onnx_session, quantize_onnx
+from gossamer.measure import LatencyTable, latency, macs, parameters
+from gossamer.models import create_model
+from gossamer.models.registry import system
+from gossamer.tasks.base import Task
+
+SIZES = ("xs", "s", "m", "l")
+# int8 files are about this much smaller, and int8 is worth measuring up to this much above a latency limit.
+INT8_SIZE, INT8_REACH = 0.3, 4.0
+# Passes over the data after which more time helps little, and below which a model has hardly started.
+ENOUGH_EPOCHS, FEW_EPOCHS = 25.0, 3.0
+
+
+@dataclass
+class Candidate:
+    """One model that may be trained.
+
+    Args:
+        name: system and size, e.g. `swin-s`.
+        model, options: what `create_model` takes.
+        cost: of the exported float file: latency (ms), memory (None until exported), size (MB), params, macs.
+        int8: cost of the int8 file where it was measured.
+        step_s: seconds of one training step at `batch`, measured.
+        status: `ready`, `int8` (meets the budget only as int8), `left out`, `not measured`.
+        why: the reason, in words.
+    """
+
+    name: str
+    system: str
+    model: str
+    options: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, float | None] = field(default_factory=dict)
+    int8: dict[str, float | None] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
+    step_s: float = math.nan
+    batch: int = 0
+    prior: float = 0.0
+    status: str = "not measured"
+    why: str = ""
+
+    def build(self) -> nn.Module:
+        return create_model(self.model, **self.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: (None if isinstance(v, float) and math.isnan(v) else v) for k, v in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Candidate:
+        values = dict(values)
+        values["step_s"] = math.nan if values["step_s"] is None else values["step_s"]
+        values["interval"] = tuple(values["interval"]) if values["interval"] else None
+        return Candidate(**values)
+
+
+def enumerate_candidates(data: Dataset) -> list[Candidate]:
+    """Every built system that is for `data.task`, in its sizes for this input; not yet measured."""
+    found = []
+    for entry in catalogue.systems():
+        if entry.status == "planned" or data.task not in entry.tasks:
+            continue
+        scale = system(entry.slug).scale
+        for size in SIZES if scale else ():
+            scaled = scale(dict(data.spec), size) if scale else None
+            if scaled is not None:
+                variant, options = scaled
+                same = any(c.model == variant and c.options == options for c in found)
+                if not same:
+                    found.append(Candidate(f"{entry.slug}-{size}", entry.slug, variant, options))
+    return found
+
+
+def measure_candidates(
+    candidates: list[Candidate],
+    task: Task,
+    data: Dataset,
+    budget: dict[str, float],
+    *,
+    train_s: float,
+    batch_size: int,
+    stop: Callable[[], bool],
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Candidate]:
+    """Fills in cost, training speed, status and prior of `candidates`; the most promising are measured first.
+
+    Args:
+        train_s: seconds of training there will be for the winner, from which the passes over the data follow.
+        stop: no more measuring once it is true; the rest stays `not measured`.
+
+    Returns:
+        The candidates, best prior first.
+    """
+    table = LatencyTable()
+    inputs = example_inputs(task, data)
+    for candidate in _cheap_first(candidates):
+        if stop():
+            candidate.why = "the time for measuring was over"
+            continue
+        tell(f"measuring {candidate.name}")
+        key = _key(candidate, inputs, batch_size)
+        known = table.get(key)
+        if known is None:
+            try:
+                known = _measure(candidate, task, data, inputs, batch_size, int8=False)
+            except Exception as error:  # one system that cannot be built or exported here must not end the fit
+                candidate.status, candidate.why = "left out", f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            table.put(key, known)
+        candidate.cost, candidate.step_s, candidate.batch = dict(known["cost"]), known["step_s"], batch_size
+        candidate.interval = tuple(known["interval"])
+        over = excess(candidate.cost, budget)
+        if over <= 1:
+            candidate.status = "ready"
+        elif over <= INT8_REACH and not any(
+            candidate.cost[k] > v for k, v in budget.items() if k in ("params", "macs")
+        ):
+            if "int8" not in known:
+                known = {**known, "int8": _int8_cost(candidate, inputs)}
+                table.put(key, known)
+            candidate.int8 = dict(known["int8"])
+            fits = bool(candidate.int8) and excess(candidate.int8, budget) <= 1
+            candidate.status = "int8" if fits else "left out"
+            candidate.why = "" if fits else over_budget(candidate.int8 or candidate.cost, budget) + " even as int8"
+        else:
+            candidate.status, candidate.why = "left out", over_budget(candidate.cost, budget)
+        candidate.prior = prior(candidate, len(data.train), train_s)
+    order = {"ready": 0, "int8": 1, "not measured": 2, "left out": 3}
+    return sorted(candidates, key=lambda c: (order[c.status], -c.prior))
+
+
+def prior(candidate: Candidate, samples: int, train_s: float) -> float:
+    """A guess of how good the candidate will be: more work a sample is better, if there is time to learn.
+
+    `log2(macs) / 2 - shortfall`, where the shortfall is how many times the passes over the data fall short of
+    what such models need, in powers of two.
+    """
+    if math.isnan(candidate.step_s):
+        return -math.inf
+    epochs = train_s / candidate.step_s * candidate.batch / max(samples, 1)
+    shortfall = max(0.0, math.log2(ENOUGH_EPOCHS / max(epochs, 1e-9)))
+    starved = 2.0 * max(0.0, math.log2(FEW_EPOCHS / max(epochs, 1e-9)))
+    return 0.5 * math.log2(max(float(candidate.cost["macs"] or 1), 1.0)) - 0.7 * shortfall - starved
+
+
+def example_inputs(task: Task, data: Dataset, count: int = 1) -> tuple[Tensor, ...]:
+    """The first `count` training samples, model-ready."""
+    inputs, _ = task.batch(data.train, torch.arange(min(count, len(data.train))), train=False)
+    return inputs
+
+
+def file_cost(path: Path, inputs: tuple[Tensor, ...], *, seconds: float = 0.4) -> tuple[float, tuple[float, float]]:
+    """Latency of an exported file on one sample: the median in ms, and the interval it lies in."""
+    timing = latency({"file": _caller(path, inputs)}, budget_s=seconds)["file"]
+    return timing.median_ms, (timing.low_ms, timing.high_ms)
+
+
+def _caller(path: Path, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
+    session = onnx_session(path)
+    # The exporter drops inputs a model does not read.
+    kept = {node.name for node in session.get_inputs()}
+    return onnx_callable(session, [x for i, x in enumerate(inputs) if f"input_{i}" in kept])
+
+
+def _measure(
+    candidate: Candidate, task: Task, data: Dataset, inputs: tuple[Tensor, ...], batch_size: int, *, int8: bool
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = candidate.build().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_quickly(model, inputs, path)
+        median, interval = file_cost(path, inputs)
+        size = path.stat().st_size / 1e6
+    cost = {
+        "latency": median,
+        "memory": None,
+        "size": size,
+        "params": parameters(model),
+        "macs": macs(model, inputs).total,
+    }
+    return {"cost": cost, "interval": interval, "step_s": _step_seconds(model, task, data, batch_size)}
+
+
+def export_quickly(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
+    """An ONNX file good enough to be timed: one shape, by the fast exporter."""
+    names = [f"input_{i}" for i in range(len(inputs))]
+    export_onnx(model, inputs, path, input_names=names, dynamic=None, exporter="fast")
+
+
+def _int8_cost(candidate: Candidate, inputs: tuple[Tensor, ...]) -> dict[str, float | None]:
+    torch.manual_seed(0)
+    model = candidate.build().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        path, small = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
+        try:
+            export_quickly(model, inputs, path)
+            quantize_onnx(path, small, calibration(path, [inputs]))
+            median, _ = file_cost(small, inputs)
+        except Exception:  # what cannot be quantised here has no int8 cost
+            return {}
+        return {**candidate.cost, "latency": median, "size": small.stat().st_size / 1e6}
+
+
+def calibration(path: Path, batches: list[tuple[Tensor, ...]]) -> Iterator[dict[str, np.ndarray]]:
+    """Model-ready batches as the feeds of an exported file."""
+    kept = {node.name for node in onnx_session(path).get_inputs()}
+    for batch in batches:
+        yield {f"input_{i}": x.numpy() for i, x in enumerate(batch) if f"input_{i}" in kept}
+
+
+def _step_seconds(model: nn.Module, task: Task, data: Dataset, batch_size: int) -> float:
+    """Seconds of a forward and backward pass of one batch, the faster of two after a warm-up."""
+    index = torch.arange(min(batch_size, len(data.train)))
+    inputs, target = task.batch(data.train, index, train=False)
+    model.train()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        output = model(*inputs)
+        task.loss(output[0] if isinstance(output, tuple) else output, target).backward()
+        times.append(time.perf_counter() - start)
+        model.zero_grad()
+        if times[-1] > 4:
+            break
+    return min(times)
+
+
+def _cheap_first(candidates: list[Candidate]) -> list[Candidate]:
+    """Small sizes of every family before large ones, so that a short time sees every family."""
+    return sorted(candidates, key=lambda c: SIZES.index(c.name.rsplit("-", 1)[1]) if "-" in c.name else 0)
+
+
+def _key(candidate: Candidate, inputs: tuple[Tensor, ...], batch_size: int) -> str:
+    parts = {
+        "model": candidate.model,
+        "options": candidate.options,
+        "shapes": [list(x.shape) for x in inputs],
+        "batch": batch_size,
+        "threads": torch.get_num_threads(),
+        "version": __version__,
+    }
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return f"fit-{candidate.name}-{digest}"

@@ -1,0 +1,130 @@
+"""What a fit is asked for, and what it answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BUDGET_UNITS = {"latency": "ms", "memory": "MiB", "size": "MB", "params": "", "macs": ""}
+
+
+@dataclass
+class FitOptions:
+    """The arguments of `gossamer fit`.
+
+    Args:
+        data: anything `read_dataset` takes; None with `join`.
+        task: the task's name, recognised from the data if None.
+        budget: most of each cost the exported model may have: `latency` (ms, one sample), `memory` (MiB), `size` (MB),
+            `params`, `macs`.
+        seconds: wall-clock time for everything.
+        out: run folder; by default one under `runs/` named after the arguments, so that the same call goes on with it.
+        seed: splits, initialisation, order.
+        storage: URL of a database for the study, so that other machines can join.
+        join: run folder (or one like it on another machine) whose study this process works on.
+        options: keywords of `read_dataset`.
+        quiet: show no progress.
+    """
+
+    data: str | None = None
+    task: str | None = None
+    budget: dict[str, float] = field(default_factory=dict)
+    seconds: float = 600.0
+    out: Path | None = None
+    seed: int = 0
+    storage: str | None = None
+    join: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in self.budget.items():
+            if name not in BUDGET_UNITS:
+                raise ValueError(f"budget must name {', '.join(BUDGET_UNITS)}; got {name!r}")
+            if value <= 0:
+                raise ValueError(f"budget {name} must be positive, got {value}")
+        if self.seconds < 20:
+            raise ValueError(f"time must be at least 20s, got {self.seconds:g}s")
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two calls the same run."""
+        return {
+            "command": "fit",
+            "data": self.data,
+            "task": self.task,
+            "budget": self.budget,
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "storage": self.storage,
+            "options": self.options,
+        }
+
+    def folder(self) -> Path:
+        if self.out is not None:
+            return Path(self.out)
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.data or "").name.split(".")[0]) or "data"
+        return Path("runs") / f"{stem}-{digest}"
+
+
+@dataclass
+class FitResult:
+    """What came of a fit; `results.json` in a class."""
+
+    results: dict[str, Any]
+    folder: Path
+
+    @property
+    def meets_budget(self) -> bool:
+        return bool(self.results["meets_budget"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.results, "folder": str(self.folder)}
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        r = self.results
+        winner = r["winner"]
+        if winner is None:
+            closest = r["closest"]
+            cost = over_budget(closest["cost"], r["budget"]) if closest else "no candidate could be measured"
+            name = f"the closest is {closest['name']}: " if closest else ""
+            return f"nothing meets the budget; {name}{cost}\nreport: {self.folder / 'report.html'}"
+        cost, score = winner["cost"], winner["test"][r["metric"]]
+        lines = [
+            f"winner   {winner['name']} ({winner['form']})",
+            f"test     {r['metric']} {score:.4f}  (validation {winner['val']:.4f})",
+            f"cost     {cost['latency']:.3f} ms, {cost['size']:.2f} MB, {cost['params']:,} parameters, "
+            f"{cost['macs'] / 1e6:.1f} MMACs",
+        ]
+        if not r["meets_budget"]:
+            lines.append(f"budget   NOT met: {over_budget(cost, r['budget'])}")
+        lines += [
+            f"time     {r['seconds']:.0f} s of {r['asked_seconds']:.0f} s",
+            f"report   {self.folder / 'report.html'}",
+            f"use it   gossamer predict {self.folder} INPUT…",
+        ]
+        return "\n".join(lines)
+
+
+def excess(cost: dict[str, float | None], budget: dict[str, float]) -> float:
+    """Largest ratio of a cost to its limit; at most 1 means the budget is met."""
+    ratios = [value / limit for name, limit in budget.items() if (value := cost.get(name)) is not None]
+    return max(ratios, default=0.0)
+
+
+def over_budget(cost: dict[str, float | None], budget: dict[str, float]) -> str:
+    """The costs above their limits, in words; empty if there is none."""
+    return ", ".join(
+        f"{name} {_figure(value)}{BUDGET_UNITS[name]} > {_figure(limit)}{BUDGET_UNITS[name]}"
+        for name, limit in budget.items()
+        if (value := cost.get(name)) is not None and value > limit
+    )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

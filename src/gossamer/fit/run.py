@@ -1,0 +1,408 @@
+"""`fit`: read, measure, race, finish, shrink, export, report; a folder that can be killed and taken up at any point.
+
+- `run.json` says what was asked, so the same call goes on with the folder and another call is refused
+- `candidates.json`, `study.db`, `trials/`, `finalists/` hold what each stage has finished
+- the test split is read once, by the winning file, after everything has been decided
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+
+from gossamer import __version__
+from gossamer.data import Dataset, read_dataset
+from gossamer.fit.artefacts import Point, Workshop, choose
+from gossamer.fit.candidates import Candidate, enumerate_candidates, measure_candidates
+from gossamer.fit.clock import RACED_BY, Clock
+from gossamer.fit.finish import Finalist, finish
+from gossamer.fit.options import FitOptions, FitResult, excess
+from gossamer.fit.progress import Progress
+from gossamer.fit.race import RUNGS, Race, open_study, ranking
+from gossamer.fit.report import write_report
+from gossamer.io import read_json, write_json
+from gossamer.measure import device_info
+from gossamer.tasks import create_task
+from gossamer.tasks.base import Task
+from gossamer.train import Settings
+
+# The first rung is this share of the race, so that the first trial and about a dozen weaker ones fit into it.
+UNIT_SHARE = 1 / 14
+# With at least this much time a cheaper second finalist is trained as well, with this share of the finish.
+SECOND_FROM_S, SECOND_SHARE = 480.0, 0.25
+# And a pruned copy of the best is recovered for this share of the whole time.
+PRUNE_FROM_S, PRUNE_SHARE = 240.0, 0.06
+# A finalist as cheap as this share of the best one's latency is worth having beside it.
+CHEAPER = 0.7
+
+
+def fit(options: FitOptions) -> FitResult:
+    """The best small model for `options.data` within `options.budget`; see the head of this file.
+
+    Raises:
+        ValueError: the data cannot be used, the arguments contradict each other, or the folder is of another run.
+    """
+    if options.join is not None:
+        return _join(options)
+    folder = options.folder()
+    _claim(folder, options)
+    if (folder / "results.json").exists():
+        return FitResult(read_json(folder / "results.json"), folder)
+    with Clock(options.seconds, folder / "clock.json") as clock, Progress(clock, quiet=options.quiet) as progress:
+        progress.tell("reading the data")
+        assert options.data is not None
+        data = read_dataset(options.data, task=options.task, seed=options.seed, **options.options)
+        task = create_task(data.task, data.spec, data.meta)
+        write_json(folder / "task.json", {"task": data.task, "spec": data.spec, "meta": data.meta})
+        run = _Run(options, folder, clock, progress, data, task)
+        return run.go()
+
+
+class _Run:
+    def __init__(
+        self, options: FitOptions, folder: Path, clock: Clock, progress: Progress, data: Dataset, task: Task
+    ) -> None:
+        self.options = options
+        self.folder = folder
+        self.clock = clock
+        self.progress = progress
+        self.data = data
+        self.task = task
+        self.base = base_settings(data, options.seed)
+
+    def go(self) -> FitResult:
+        candidates = self._candidates()
+        usable = [c for c in candidates if c.status in ("ready", "int8")]
+        if not usable:
+            return self._nothing(candidates)
+        study = self._race(candidates)
+        finalists = self._finish(study, candidates)
+        if not finalists:
+            raise ValueError(f"no candidate learnt anything in {self.options.seconds:.0f} s; give it more --time")
+        workshop = self._files(finalists)
+        return self._conclude(candidates, study, finalists, workshop)
+
+    # --- stages ---------------------------------------------------------------------------------------------------
+
+    def _candidates(self) -> list[Candidate]:
+        file = self.folder / "candidates.json"
+        if file.exists():
+            return [Candidate.from_dict(c) for c in read_json(file)]
+        self.progress.tell("measuring the candidates")
+        train_s = self.clock.finished_by - self.clock.raced_by
+        begun = self.clock.used
+        mark = max(self.clock.measured_by, begun + 0.08 * self.clock.total)
+        found = measure_candidates(
+            enumerate_candidates(self.data),
+            self.task,
+            self.data,
+            self.options.budget,
+            train_s=train_s,
+            batch_size=self.base.batch_size,
+            stop=lambda: self.clock.over(mark),
+            tell=self.progress.tell,
+        )
+        write_json(file, [c.to_dict() for c in found])
+        return found
+
+    def _race(self, candidates: list[Candidate]) -> optuna.Study:
+        study = open_study(*_study(self.options, self.folder), self.task.maximise, self.options.seed)
+        unit = self.clock.total * (RACED_BY - 0.12) * UNIT_SHARE
+        study.set_user_attr("unit_s", unit)
+        race = Race(
+            study,
+            candidates,
+            self.task,
+            self.data,
+            self.folder / "trials",
+            unit_s=unit,
+            base=self.base,
+            stop=lambda: self.clock.over(self.clock.raced_by),
+            tell=self._told(study),
+        )
+        if not self.clock.over(self.clock.raced_by):
+            race.run()
+        elif not ranking(study, self.task.maximise) and not self.clock.interrupted:
+            # A late start (a long kill, a slow disk) still trains one candidate for one rung.
+            mark = self.clock.used + unit * RUNGS[0]
+            race.stop = lambda: self.clock.over(mark)
+            race.run()
+        return study
+
+    def _told(self, study: optuna.Study) -> Callable[[str], None]:
+        def tell(doing: str) -> None:
+            best = ranking(study, self.task.maximise)
+            if best:
+                self.progress.best = (
+                    f"{best[0].params['candidate']} {self.task.metric} {best[0].user_attrs['value']:.4f}"
+                )
+            self.progress.tell(doing)
+
+        return tell
+
+    def _finish(self, study: optuna.Study, candidates: list[Candidate]) -> list[Finalist]:
+        by_name = {c.name: c for c in candidates}
+        ranked = [t for t in ranking(study, self.task.maximise) if t.params["candidate"] in by_name]
+        if not ranked:
+            return []
+        best = ranked[0]
+        latency = by_name[best.params["candidate"]].cost["latency"] or math.inf
+        cheaper = [
+            t for t in ranked[1:] if (by_name[t.params["candidate"]].cost["latency"] or math.inf) < CHEAPER * latency
+        ]
+        second = bool(cheaper) and self.options.seconds >= SECOND_FROM_S
+        pruning = PRUNE_SHARE * self.clock.total if self.options.seconds >= PRUNE_FROM_S else 0.0
+        left = max(0.0, self.clock.finished_by - self.clock.used - pruning)
+        share = 1 - SECOND_SHARE if second else 1.0
+        marks = [self.clock.used + left * share, self.clock.used + left]
+        finalists: list[Finalist] = []
+        for trial, mark in zip([best, *cheaper[:1]] if second else [best], marks, strict=False):
+            if finalists and self.clock.interrupted:
+                break
+            finalists.append(
+                finish(
+                    trial,
+                    by_name[trial.params["candidate"]],
+                    self.task,
+                    self.data,
+                    self.base,
+                    self.folder / "finalists",
+                    self.folder / "trials",
+                    seconds=max(0.0, mark - self.clock.used),
+                    stop=lambda: self.clock.over(math.inf),
+                    tell=self.progress.tell,
+                    teacher=finalists[0] if finalists else None,
+                )
+            )
+            self.progress.best = f"{finalists[0].candidate.name} {self.task.metric} {finalists[0].val:.4f}"
+        return finalists
+
+    def _files(self, finalists: list[Finalist]) -> Workshop:
+        files = self.folder / "files"
+        files.mkdir(exist_ok=True)
+        workshop = Workshop(self.task, self.data, files, self.progress.tell)
+        for finalist in finalists:
+            point = workshop.export(finalist.candidate.name, "float32", finalist.model)
+            workshop.int8(point)
+        spare = self.clock.finished_by - self.clock.used
+        if self.options.seconds >= PRUNE_FROM_S and spare > 5 and not self.clock.interrupted:
+            best = finalists[0]
+            settings = Settings(
+                **{**self.base.to_dict(), "lr": 0.3 * best.lr, "strength": best.strength, "warmup": 10, "ema": 0.99}
+            )
+            mark = self.clock.finished_by
+            model = workshop.pruned(best, settings, seconds=spare, stop=lambda: self.clock.over(mark))
+            if model is not None:
+                point = workshop.export(best.candidate.name, "pruned float32", model)
+                workshop.int8(point, "pruned int8")
+        return workshop
+
+    def _conclude(
+        self, candidates: list[Candidate], study: optuna.Study, finalists: list[Finalist], workshop: Workshop
+    ) -> FitResult:
+        noise = metric_noise(self.task, [p.val for p in workshop.points], len(self.data.val))
+        winner, closest = choose(workshop.points, self.options.budget, maximise=self.task.maximise, noise=noise)
+        chosen = winner or closest
+        results = self._common(candidates)
+        results["points"] = [p.to_dict() for p in workshop.points]
+        results["trials"] = [_trial(t) for t in study.get_trials(deepcopy=False)]
+        results["finalists"] = [
+            {
+                "name": f.candidate.name,
+                "trial": f.trial,
+                "val": f.val,
+                "lr": f.lr,
+                "strength": f.strength,
+                "precision": f.precision,
+                "taught": f.taught,
+                "curve": f.curve,
+            }
+            for f in finalists
+        ]
+        results["noise"] = noise
+        results["meets_budget"] = winner is not None
+        figures: list[Any] = []
+        if chosen is not None:
+            self.progress.tell("testing the winner")
+            outputs, targets = workshop.outputs(chosen.file, self.data.test)
+            finalist = next(f for f in finalists if f.candidate.name == chosen.name)
+            results["winner"] = self._keep(chosen, finalist, self.task.metrics(outputs, targets))
+            figures = self.task.figures(outputs, targets, self.data.test)
+        return self._write(results, figures)
+
+    def _nothing(self, candidates: list[Candidate]) -> FitResult:
+        measured = [c for c in candidates if c.cost]
+        nearest = min(measured, key=lambda c: excess(c.int8 or c.cost, self.options.budget), default=None)
+        results = self._common(candidates)
+        results |= {"points": [], "trials": [], "finalists": [], "meets_budget": False, "noise": 0.0}
+        if nearest is not None:
+            results["closest"] = {"name": nearest.name, "cost": nearest.int8 or nearest.cost, "why": nearest.why}
+        return self._write(results, [])
+
+    # --- what is written ------------------------------------------------------------------------------------------
+
+    def _common(self, candidates: list[Candidate]) -> dict[str, Any]:
+        data = self.data
+        return {
+            "gossamer": __version__,
+            "data": {
+                "source": str(self.options.data),
+                "train": len(data.train),
+                "val": len(data.val),
+                "test": len(data.test),
+                "spec": data.spec,
+                "problems": data.problems,
+            },
+            "task": data.task,
+            "metric": self.task.metric,
+            "maximise": self.task.maximise,
+            "budget": self.options.budget,
+            "asked_seconds": self.options.seconds,
+            "seed": self.options.seed,
+            "interrupted": self.clock.interrupted,
+            "device": device_info(),
+            "settings": self.base.to_dict(),
+            "candidates": [c.to_dict() for c in candidates],
+            "winner": None,
+            "closest": None,
+        }
+
+    def _keep(self, point: Point, finalist: Finalist, test: dict[str, Any]) -> dict[str, Any]:
+        shutil.copyfile(point.file, self.folder / "model.onnx.tmp")
+        (self.folder / "model.onnx.tmp").replace(self.folder / "model.onnx")
+        shutil.copytree(point.model, self.folder / "model", dirs_exist_ok=True)
+        return {
+            "name": point.name,
+            "system": finalist.candidate.system,
+            "model": finalist.candidate.model,
+            "options": finalist.candidate.options,
+            "form": point.form,
+            "val": point.val,
+            "test": test,
+            "cost": point.cost,
+            "interval": list(point.interval),
+            "certificate": point.certificate,
+            "why": point.why,
+        }
+
+    def _write(self, results: dict[str, Any], figures: list[Any]) -> FitResult:
+        self.progress.tell("writing the report")
+        results["seconds"] = round(self.clock.used, 1)
+        results = _json(results)
+        write_report(results, figures, self.folder / "report.html")
+        results["seconds"] = round(self.clock.used, 1)
+        write_json(self.folder / "results.json", results)
+        return FitResult(results, self.folder)
+
+
+def base_settings(data: Dataset, seed: int) -> Settings:
+    """Settings all trials share: batch size by the amount of data, smoothing and augmentation by the task."""
+    count = len(data.train)
+    batch = int(min(128, max(16, 2 ** round(math.log2(max(count, 16) / 40)))))
+    if data.task == "forecasting":
+        return Settings(batch_size=min(batch, 64), strength=0.0, weight_decay=0.01, warmup=20, seed=seed)
+    smoothing = 0.1 if data.spec["num_classes"] > 2 else 0.05
+    warmup = max(10, min(100, count // batch))
+    strength = 0.4 if data.task == "image-classification" else 0.2
+    return Settings(batch_size=batch, strength=strength, smoothing=smoothing, warmup=warmup, seed=seed)
+
+
+def metric_noise(task: Task, values: list[float], count: int) -> float:
+    """What two values of the metric over `count` items may differ by without meaning anything: one standard error."""
+    best = (max if task.maximise else min)(values, default=0.0)
+    if task.metric == "accuracy":
+        return math.sqrt(max(best * (1 - best), 1e-4) / max(count, 1))
+    return 0.005 * abs(best)
+
+
+def _claim(folder: Path, options: FitOptions) -> None:
+    """Notes in `run.json` what was asked, or makes sure the folder is of the same call."""
+    file, identity = folder / "run.json", json.loads(json.dumps(options.identity()))
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, {**identity, "gossamer": __version__})
+        return
+    there = read_json(file)
+    other = sorted(k for k, v in identity.items() if there.get(k) != v)
+    if other:
+        raise ValueError(f"{folder} holds a run with another {', '.join(other)}; give --out another folder")
+
+
+def _study(options: FitOptions, folder: Path) -> tuple[str, str]:
+    """Name and storage of the run's study; the name is of the question asked, so that other machines find it."""
+    asked = {k: v for k, v in options.identity().items() if k not in ("storage", "seconds")}
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    return f"gossamer-{digest}", options.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+
+
+def _join(options: FitOptions) -> FitResult:
+    """Works on the study of another process's run until its race is over."""
+    assert options.join is not None
+    folder = Path(options.join)
+    if not (folder / "run.json").exists():
+        raise ValueError(f"no run to join at {folder}: it has no run.json")
+    run = read_json(folder / "run.json")
+    asked = FitOptions(**{k: run[k] for k in ("data", "task", "budget", "seconds", "seed", "storage", "options")})
+    if (folder / "results.json").exists():
+        return FitResult(read_json(folder / "results.json"), folder)
+    with Clock(asked.seconds, folder / f"clock-{_worker()}.json") as clock:
+        with Progress(clock, quiet=options.quiet) as progress:
+            assert asked.data is not None
+            data = read_dataset(asked.data, task=asked.task, seed=asked.seed, **asked.options)
+            task = create_task(data.task, data.spec, data.meta)
+            host = _Run(asked, folder, clock, progress, data, task)
+            candidates = host._candidates()
+            study = open_study(*_study(asked, folder), task.maximise, asked.seed)
+            unit = float(study.user_attrs.get("unit_s", asked.seconds * 0.02))
+            race = Race(
+                study,
+                candidates,
+                task,
+                data,
+                folder / "trials",
+                unit_s=unit,
+                base=host.base,
+                stop=lambda: clock.over(clock.raced_by) or _over(folder),
+                tell=progress.tell,
+            )
+            race.run()
+    best = ranking(study, task.maximise)
+    note = f"{best[0].params['candidate']} {task.metric} {best[0].user_attrs['value']:.4f}" if best else "none"
+    return FitResult({"joined": str(folder), "best": note, "meets_budget": True, "winner": None}, folder)
+
+
+def _over(folder: Path) -> bool:
+    """Whether the run has left its race: a host's clock past the mark, or a finalist begun."""
+    return (folder / "finalists").exists() or (folder / "results.json").exists()
+
+
+def _worker() -> str:
+    import os
+    import socket
+
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _trial(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    return {"number": trial.number, "state": trial.state.name.lower(), "params": trial.params, **trial.user_attrs}
+
+
+def _json(value: Any) -> Any:
+    """`value` with nothing but JSON in it: what is not a number becomes null."""
+    if isinstance(value, dict):
+        return {str(k): _json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return _json(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)

@@ -1,0 +1,1 @@
+"""Passes that make a model cheaper, each held to the speed gate, and the recipes that replay them."""

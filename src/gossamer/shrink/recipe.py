@@ -1,0 +1,82 @@
+"""Recipes: the steps that changed a model's architecture, as JSON, replayed when it is loaded.
+
+A step is `{"step": name, …}` with plain values. Nothing is pickled: the model is built by name, the steps are applied
+to it, and then the weights fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from gossamer.io import load_weights, read_json
+from gossamer.layers.fold import fold_batch_norm
+from gossamer.layers.prune import Prunable
+from gossamer.models import create_model
+from gossamer.models.folder import save
+
+__all__ = ["apply", "load", "replay", "save"]
+
+
+def load(source: str | Path) -> nn.Module:
+    """The model in a folder that `save` wrote (or in the `model` folder of a run, or a Hub repository), in eval mode.
+
+    Raises:
+        ValueError: it is none of these, or the files do not belong together.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(source).count("/") != 1:
+            raise ValueError(f"no model folder at {source}; give a folder with config.json or a Hub name owner/name")
+        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
+        folder = folder / "model"
+    config = read_json(folder / "config.json")
+    model = create_model(**config)
+    recipe = folder / "recipe.json"
+    if recipe.exists():
+        replay(model, read_json(recipe))
+    model.load_state_dict(load_weights(folder / "model.safetensors"))
+    return model.eval()
+
+
+def apply(model: nn.Module, step: dict[str, Any]) -> nn.Module:
+    """Carries out one step on `model`, in place, and notes it in `model.recipe`.
+
+    Raises:
+        ValueError: no such step, or it does not fit the model.
+    """
+    if step.get("step") not in _STEPS:
+        raise ValueError(f"step must be one of {sorted(_STEPS)}, got {step.get('step')!r}")
+    _STEPS[step["step"]](model, step)
+    model.recipe = [*getattr(model, "recipe", []), step]
+    return model
+
+
+def replay(model: nn.Module, recipe: list[dict[str, Any]]) -> nn.Module:
+    """Carries out all steps of `recipe` in order."""
+    for step in recipe:
+        apply(model, step)
+    return model
+
+
+def _prune(model: nn.Module, step: dict[str, Any]) -> None:
+    part = model.get_submodule(step["part"])
+    if not isinstance(part, Prunable):
+        raise ValueError(f"{step['part']} ({type(part).__name__}) states no pruning rule")
+    index = torch.tensor(step["keep"], dtype=torch.long)
+    width = part.widths()[step["axis"]]
+    if not len(index) or int(index.min()) < 0 or int(index.max()) >= width:
+        raise ValueError(f"keep must hold members of 0 … {width - 1} of {step['part']}.{step['axis']}")
+    part.keep(step["axis"], index)
+
+
+_STEPS: dict[str, Callable[[nn.Module, dict[str, Any]], None]] = {
+    "prune": _prune,
+    "fold_batch_norm": lambda model, _: fold_batch_norm(model) and None,
+}
