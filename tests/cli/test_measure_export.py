@@ -13,14 +13,25 @@ from gossamer.cli import app
 from gossamer.cli.subject import model_and_inputs
 from gossamer.models import create_model
 
-TINY = "deit_tiny_patch16_224"
+TINY = "cct_2_3x2_32"
 
 
 def test_a_model_is_built_for_the_input_it_is_given() -> None:
     model, (x,) = model_and_inputs(TINY, "1x32x48")
     assert x.shape == (1, 1, 32, 48)
-    assert model(x).shape == (1, 1000)
+    assert model(x).shape == (1, 10)
     assert not model.training
+
+
+def test_tokens_and_series_are_told_by_the_model_itself() -> None:
+    model, (ids,) = model_and_inputs("text_cct_2", "40")
+    assert ids.shape == (1, 40)
+    assert (ids != 0).all()
+    assert model(ids).shape[0] == 1
+    model, (x, marks) = model_and_inputs("autoformer_ettm2_96", "36x5")
+    assert x.shape == (1, 36, 5)
+    assert marks.shape[1] == 36 + 96
+    assert model(x, marks).shape == (1, 96, 5)
 
 
 def test_without_an_input_a_model_is_the_published_one() -> None:
@@ -39,39 +50,39 @@ def test_an_input_of_another_kind_is_refused() -> None:
 def test_a_saved_model_is_opened_by_its_folder(tmp_path: Path) -> None:
     from gossamer import save
 
-    saved = create_model(TINY, img_size=32, depth=1, num_classes=3).eval()
+    saved = create_model(TINY, img_size=16, depth=1, num_classes=3).eval()
     save(saved, tmp_path / "run" / "model")
     for folder in (tmp_path / "run", tmp_path / "run" / "model"):
         model, (x,) = model_and_inputs(str(folder), None)
-        assert x.shape == (1, 3, 32, 32)
+        assert x.shape == (1, 3, 16, 16)
         torch.testing.assert_close(model(x), saved(x))
 
 
 def test_measure_prints_json_with_the_figures_and_the_published_ones() -> None:
-    words = ["measure", TINY, "--input", "3x32x32", "--forms", "eager", "--batch", "1,2", "--time", "0.1s", "--json"]
+    words = ["measure", TINY, "--input", "3x24x24", "--forms", "eager", "--batch", "1,2", "--time", "0.1s", "--json"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    model = create_model(TINY, img_size=32)
+    model = create_model(TINY, img_size=24)
     assert data["parameters"] == sum(p.numel() for p in model.parameters())
     assert data["macs"] == data["macs_second"] > 0
-    assert data["input"] == [[1, 3, 32, 32]]
+    assert data["input"] == [[1, 3, 24, 24]]
     assert [(row["form"], row["batch"]) for row in data["latency"]] == [("eager", 1), ("eager", 2)]
-    assert data["published"]["params_m"] == 5.717
+    assert data["published"]["params_m"] == 0.284
     assert data["device"]["torch"] == torch.__version__
 
 
 def test_export_writes_a_file_that_runs_at_another_batch_and_certifies_it(tmp_path: Path) -> None:
     from gossamer import save
 
-    save(create_model(TINY, img_size=32, depth=1, num_classes=3), tmp_path / "m")
+    save(create_model(TINY, img_size=16, depth=1, num_classes=3), tmp_path / "m")
     path = tmp_path / "new" / "m.onnx"
     result = CliRunner().invoke(app, ["export", str(tmp_path / "m"), "--out", str(path), "--json"])
     assert result.exit_code == 0, result.output
     certificate = json.loads(result.stdout)
     assert certificate["passed"]
     assert certificate["held"] == "batch"
-    x = torch.randn(5, 3, 32, 32)
+    x = torch.randn(5, 3, 16, 16)
     (out,) = onnxruntime.InferenceSession(path).run(None, {"input": x.numpy()})
     model, _ = model_and_inputs(str(tmp_path / "m"), None)
     torch.testing.assert_close(torch.from_numpy(out), model(x), rtol=1e-4, atol=1e-4)

@@ -56,19 +56,21 @@ def command(
         print_json(advice)
         return
     print_table(
-        ("model", "fits", "params", "MACs", "latency ms", "why"),
+        ("candidate", "fits", "form", "params", "MACs", "latency ms", "size MB", "why"),
         [
             (
                 row["name"],
                 "yes" if row["fits"] else "no",
-                short(row["params"]),
-                short(row["macs"]),
-                short(row["latency"]),
+                row["form"],
+                *(short(row[cost]) for cost in ("params", "macs", "latency", "size")),
                 row["why"],
             )
             for row in advice["candidates"]
         ],
-        numbers=("params", "MACs", "latency ms"),
+        numbers=("params", "MACs", "latency ms", "size MB"),
         cut=("why",),
     )
-    typer.echo("ranked by cost measured on this device and by what such models reached on like data; none was trained")
+    device = advice["device"]
+    typer.echo(
+        f"measured on {device['cpu']}, {device['threads']} threads; assumes {advice['assumes']}; none was trained"
+    )

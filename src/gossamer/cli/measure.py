@@ -83,14 +83,12 @@ def _print(result: dict[str, Any]) -> None:
     shape = ", ".join("x".join(map(str, s[1:])) for s in result["input"])
     typer.echo(f"{result['model']} on {device['cpu']}, {device['threads']} threads, input {shape}, {result['dtype']}")
     typer.echo(f"torch {device['torch']}, onnxruntime {device['onnxruntime']}, {device['os']}\n")
+    params = published and published.params_m and published.params_m * 1e6
+    macs = published and published.macs_g and published.macs_g * 1e9
     rows = [
-        (
-            "parameters",
-            short(result["parameters"]),
-            short(published and published.params_m and published.params_m * 1e6),
-        ),
-        ("MACs", short(result["macs"]), short(published and published.macs_g and published.macs_g * 1e9)),
-        ("MACs, second counter", short(result["macs_second"]), ""),
+        ("parameters", short(result["parameters"], 4), short(params, 4)),
+        ("MACs", short(result["macs"], 4), short(macs, 4)),
+        ("MACs, second counter", short(result["macs_second"], 4), ""),
         ("size", f"{result['size_mb']:.3g} MB", ""),
         ("peak memory", f"{result['peak_memory']['mib']:.3g} MiB", ""),
         ("energy (estimate)", f"{result['energy']['mj']:.3g} mJ", ""),
@@ -109,9 +107,7 @@ def _print(result: dict[str, Any]) -> None:
     print_table(
         ("form", "batch", "median ms", "95 % interval", "p10-p90", "runs", "per sample ms"),
         [
-            (row["form"], row["batch"], "failed", row["error"], "", "", "")
-            if "error" in row
-            else (
+            (
                 row["form"],
                 row["batch"],
                 f"{row['median_ms']:.4g}",
@@ -121,10 +117,13 @@ def _print(result: dict[str, Any]) -> None:
                 f"{row['median_ms'] / row['batch']:.4g}",
             )
             for row in result["latency"]
+            if "error" not in row
         ],
         numbers=("batch", "median ms", "runs", "per sample ms"),
-        cut=("95 % interval",),
     )
+    for row in result["latency"]:
+        if "error" in row:
+            typer.echo(f"{row['form']} at batch {row['batch']} failed: {row['error']}")
     typer.echo(result["energy"]["formula"])
     if "layers" in result:
         typer.echo("")

@@ -66,8 +66,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind(settings: dict[str, Any]) -> str:
-    for kind, key in (("image", "img_size"), ("text", "vocab_size"), ("series", "seq_len")):
-        if key in settings:
+    # A builder of both image and text models takes text where a vocabulary is set.
+    for kind, key in (("text", "vocab_size"), ("image", "img_size"), ("series", "seq_len")):
+        if settings.get(key):
             return kind
     raise ValueError(f"cannot tell what this model reads from its settings: {', '.join(settings)}")
 
@@ -94,6 +95,8 @@ def _overrides(settings: dict[str, Any], size: tuple[int, ...] | None) -> dict[s
 def _sample(settings: dict[str, Any], size: tuple[int, ...] | None) -> tuple[Tensor, ...]:
     import torch
 
+    from gossamer.layers.series import calendar_features
+
     kind = _kind(settings)
     if kind == "image":
         chw = size or (settings.get("in_chans", 3), *_pair(settings["img_size"]))
@@ -103,9 +106,10 @@ def _sample(settings: dict[str, Any], size: tuple[int, ...] | None) -> tuple[Ten
         # Token 0 is padding: a sample of it would measure masked work.
         return (torch.randint(1, settings["vocab_size"], (1, tokens)),)
     steps, channels = size or (settings["seq_len"], settings["channels"])
-    x = torch.randn(1, steps, channels)
-    marks = settings.get("marks")
-    return (x, torch.randn(1, steps + settings["pred_len"], marks)) if marks else (x,)
+    marks = settings.get("marks") or calendar_features(settings.get("freq", "h"))
+    # Between -0.5 and 0.5, as calendar features are; whole-number calendars read all of it as 0.
+    calendar = torch.rand(1, steps + settings["pred_len"], marks) - 0.5
+    return torch.randn(1, steps, channels), calendar
 
 
 def _pair(side: Any) -> tuple[int, int]:

@@ -94,12 +94,12 @@ def _quantity(text: str, units: dict[str, float], name: str, example: str) -> fl
     return value
 
 
-def short(value: float | int | None) -> str:
-    """A number in three significant digits with K, M or G: `5717416` -> `5.72M`; None -> `-`."""
+def short(value: float | int | None, digits: int = 3) -> str:
+    """A number in `digits` significant digits with K, M or G: `5717416` -> `5.72M`; None -> `-`."""
     if value is None:
         return "-"
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
-        # 999,999 must read 1M, not 1e+03K.
-        if abs(value) >= limit * 0.9995:
-            return f"{value / limit:.3g}{letter}"
-    return f"{value:.3g}"
+        # What rounds up to the next unit takes it: 999,999 reads 1M, not 1e+03K.
+        if abs(value) >= limit * (1 - 0.5 * 10**-digits):
+            return f"{value / limit:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
