@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sinusoid(length: int, dim: int, *, base: float = 10000.0) -> Float[Tensor, "n c"]:
@@ -14,9 +14,10 @@ def sinusoid(length: int, dim: int, *, base: float = 10000.0) -> Float[Tensor, "
 
     Source: Vaswani et al. 2017, section 3.5. Odd `dim` drops the last cosine.
     """
-    rates = torch.exp(torch.arange(0, dim, 2) * (-torch.tensor(base).log() / dim))
+    # In double: in single precision the angle of a far position is off by more than the table's own precision.
+    rates = base ** (torch.arange(0, dim, 2, dtype=torch.float64) / -dim)
     angles = torch.arange(length)[:, None] * rates
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :dim]
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :dim].float()
 
 
 def resize_positions(
@@ -40,3 +41,28 @@ def resize_positions(
     image = grid.unflatten(1, tuple(old)).movedim(-1, 1).float()
     image = F.interpolate(image, tuple(new), mode=mode, align_corners=False)
     return torch.cat((kept, image.movedim(1, -1).flatten(1, 2).to(table.dtype)), 1)
+
+
+class GridPositions(nn.Module):
+    """A learned position for each place of a token grid, added: `y = x + P`.
+
+    Args:
+        dim: channels.
+        grid: rows and columns of the table.
+        resize: other grids get the table resized as an image; False refuses them.
+    """
+
+    def __init__(self, dim: int, grid: Sequence[int], *, resize: bool = False) -> None:
+        super().__init__()
+        self.resize = resize
+        self.table = nn.Parameter(torch.zeros(1, *grid, dim))
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        old, new = tuple(self.table.shape[1:3]), tuple(x.shape[1:3])
+        if old == new:
+            return x + self.table
+        if not self.resize:
+            raise ValueError(
+                f"the position table is for a {old[0]}x{old[1]} grid, got {new[0]}x{new[1]}; give img_size="
+            )
+        return x + resize_positions(self.table.flatten(1, 2), old, new).unflatten(1, new)

@@ -14,29 +14,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from gossamer.layers import Block, Classifier, Mlp, PatchEmbed, TokenStem, resize_positions
 from gossamer.layers.blocks import drop_path_rates
+from gossamer.layers.distilled import DistilledClassifier
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
 from gossamer.mixers import create_mixer, mixer_class
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Isotropic
-
-
-class DistilledHead(nn.Module):
-    """Two heads on the class and the distillation token: both logits in training, their mean in eval mode."""
-
-    def __init__(self, dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.fc = nn.Linear(dim, num_classes)
-        self.distilled = nn.Linear(dim, num_classes)
-
-    def forward(self, x: Float[Tensor, "b n c"], mask: None = None) -> Tensor | tuple[Tensor, Tensor]:
-        answer, distilled = self.fc(x[:, 0]), self.distilled(x[:, 1])
-        return (answer, distilled) if self.training else (answer + distilled) / 2
 
 
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
@@ -82,7 +69,8 @@ _DEIT3: dict[str, Any] = dict(layer_scale=1e-6, position_tokens=False)
         "vit_base_patch16_384": {**_BASE, "img_size": 384},
         "vit_base_patch32_224": {**_BASE, "patch": 32},
         "vit_large_patch16_224": _LARGE,
-        "vit_huge_patch14_224": _HUGE,
+        # Released without a classifier.
+        "vit_huge_patch14_224": {**_HUGE, "num_classes": 0},
         "deit_tiny_patch16_224": _TINY,
         "deit_small_patch16_224": _SMALL,
         "deit_base_patch16_224": _BASE,
@@ -168,7 +156,7 @@ def vit(
         mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         blocks.append(Block(dim, mix, mlp, norm=norm, layer_scale=layer_scale, drop_path=rate))
     if distilled:
-        head: nn.Module = DistilledHead(dim, num_classes)
+        head: nn.Module = DistilledClassifier(dim, num_classes, pool="token")
     else:
         head = Classifier(dim, num_classes, pool="token" if flat else "mean")
     model = Isotropic(stem, blocks, norm=norm(dim), head=head)

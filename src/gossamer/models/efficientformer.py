@@ -1,0 +1,238 @@
+"""EfficientFormer: convolutional blocks with a pooling mixer, attention only where the map is smallest.
+
+Source: Li et al. 2022, "EfficientFormer: Vision Transformers at MobileNet Speed".
+
+- 4-D blocks have no norm before a branch and batch norms inside their MLP; they fold away for deployment
+  (`gossamer.layers.fold.fold_batch_norm`)
+- the authors flatten the map once, before attention; maps are channels last here, so there is nothing to flatten, and
+  the blocks behind their parameter-free flatten are numbered one lower
+- attention is bound to the grid of `img_size`; weights of another size have their bias table resized bicubically
+- `dense=16` (segmentation) or `dense=25` (detection) is the authors' backbone for maps of any size: a bias table for
+  that side, resized to the map, one-group norms on each map, no classifier
+- the latency-driven slimming that found the published sizes is not here
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gossamer.layers import BatchNorm, Block, Classifier, ConvNorm, GroupNorm1, Mlp
+from gossamer.layers.blocks import drop_path_rates
+from gossamer.layers.distilled import DistilledClassifier
+from gossamer.layers.embed import pair
+from gossamer.layers.init import init_transformer
+from gossamer.layers.tokenizer import channels_last
+from gossamer.mixers import create_mixer
+from gossamer.mixers.offset_bias_attention import OffsetBiasAttention
+from gossamer.models.registry import State, register_system
+from gossamer.trunks import Pyramid
+
+
+class ConvStem(nn.Module):
+    """Two 3x3 convolutions, each with batch norm and ReLU, that lower the resolution by `strides`.
+
+    Args:
+        img_size: the image side the attention behind it is built for, None for any.
+        reduction: by how much the whole trunk lowers the resolution.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        strides: tuple[int, int],
+        *,
+        img_size: tuple[int, int] | None = None,
+        reduction: int = 32,
+    ) -> None:
+        super().__init__()
+        widths = (in_chans, dim // 2, dim)
+        self.convs = nn.Sequential(
+            *(ConvNorm(widths[i], widths[i + 1], 3, stride=strides[i], act=nn.ReLU) for i in range(2))
+        )
+        self.img_size = img_size
+        self.reduction = reduction
+
+    def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b h w c"]:
+        if self.img_size is not None:
+            size = tuple(image.shape[2:])
+            if _grid(size, self.reduction) != _grid(self.img_size, self.reduction):
+                raise ValueError(
+                    f"the attention biases are for images of {self.img_size[0]}x{self.img_size[1]}, got "
+                    f"{size[0]}x{size[1]}; build the model with img_size={size}"
+                )
+        return self.convs(channels_last(image).movedim(1, -1))
+
+
+def _grid(size: tuple[int, ...], reduction: int) -> tuple[int, ...]:
+    # A 3x3 convolution with padding 1 and stride s leaves ceil(n / s) of n; ceilings of quotients compose.
+    return tuple(-(-n // reduction) for n in size)
+
+
+def _convert(model: nn.Module, state: State) -> State:
+    last = len(model.stages) - 1
+    prefix = f"stages.{last}."
+    # Blocks behind the flatten carry its index too: renumber what is there.
+    present = sorted({int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)})
+    place = {old: new for new, old in enumerate(present)}
+    renamed: State = {}
+    for key, value in state.items():
+        if key.startswith(prefix):
+            index, _, rest = key[len(prefix) :].partition(".")
+            key = f"{prefix}{place[int(index)]}.{rest}"
+        renamed[key] = value
+    for key in [key for key in renamed if key.endswith(".attention_biases")]:
+        table = renamed.pop(key)
+        # The dense files keep the classifier's table as an unused buffer.
+        renamed.setdefault(key.replace("attention_biases", "bias_table"), table)
+    for name, module in model.named_modules():
+        if isinstance(module, Mlp) and f"{name}.fc1.weight" in renamed:
+            for fc in ("fc1", "fc2"):
+                # 1x1 convolutions.
+                renamed[f"{name}.{fc}.weight"] = renamed[f"{name}.{fc}.weight"].flatten(1)
+        elif isinstance(module, OffsetBiasAttention) and f"{name}.bias_table" in renamed:
+            renamed[f"{name}.bias_table"] = _resize_biases(renamed[f"{name}.bias_table"], module.grid)
+    return renamed
+
+
+def _resize_biases(table: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """A bias table over offsets `0 .. side - 1` on both axes, resized to another grid; offset 0 stays offset 0."""
+    side = round(table.shape[1] ** 0.5)
+    if (side, side) == grid:
+        return table
+    image = table.float().view(1, -1, side, side)
+    image = F.interpolate(image, grid, mode="bicubic", align_corners=True)
+    return image.flatten(2)[0].to(table.dtype)
+
+
+def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
+    widths, depths, attention_blocks = {
+        "xs": ((16, 32, 64), (1, 1, 2), 1),
+        "s": ((32, 64, 128), (1, 2, 3), 2),
+        "m": ((48, 96, 192), (1, 2, 4), 2),
+        "l": ((64, 128, 256), (2, 3, 5), 3),
+    }[size]
+    side = max(spec["img_size"])
+    strides = (1, 1) if side < 24 else (1, 2) if side < 64 else (2, 2)
+    options = dict(
+        widths=widths,
+        depths=depths,
+        attention_blocks=attention_blocks,
+        heads=widths[-1] // 32,
+        key_dim=16,
+        value_dim=32,
+        stem_strides=strides,
+        distillation=False,
+    )
+    return "efficientformer_l1", {**options, **spec}
+
+
+@register_system(
+    "efficientformer",
+    tasks=("image-classification",),
+    scale=_scale,
+    variants={
+        "efficientformer_l1": dict(depths=(3, 2, 6, 4), widths=(48, 96, 224, 448), attention_blocks=1),
+        "efficientformer_l3": dict(depths=(4, 4, 12, 6), widths=(64, 128, 320, 512), attention_blocks=4),
+        "efficientformer_l7": dict(depths=(6, 6, 18, 8), widths=(96, 192, 384, 768), attention_blocks=8),
+    },
+    rules=[
+        (r"attention_bias_idxs(_seg)?$", None),
+        (r"attention_biases_seg$", "bias_table"),
+        (r"^patch_embed\.0\.", "stem.convs.0.conv."),
+        (r"^patch_embed\.1\.", "stem.convs.0.norm."),
+        (r"^patch_embed\.3\.", "stem.convs.1.conv."),
+        (r"^patch_embed\.4\.", "stem.convs.1.norm."),
+        *((rf"^network\.{2 * i}\.", f"stages.{i}.") for i in range(4)),
+        *((rf"^network\.{2 * i + 1}\.proj\.", f"merges.{i}.conv.") for i in range(3)),
+        *((rf"^network\.{2 * i + 1}\.norm\.", f"merges.{i}.norm.") for i in range(3)),
+        *((rf"^norm{2 * i}\.", f"out_norms.{i}.") for i in range(4)),
+        (r"\.token_mixer\.", ".mixer."),
+        (r"\.layer_scale_([12])$", r".scale\1"),
+        (r"^head\.", "head.fc."),
+        (r"^dist_head\.", "head.distilled."),
+    ],
+    convert=_convert,
+)
+def efficientformer(
+    *,
+    widths: tuple[int, ...] = (48, 96, 224, 448),
+    depths: tuple[int, ...] = (3, 2, 6, 4),
+    attention_blocks: int = 1,
+    mlp_ratio: float = 4.0,
+    heads: int = 8,
+    key_dim: int = 32,
+    value_dim: int = 128,
+    stem_strides: tuple[int, int] = (2, 2),
+    layer_scale: float | None = 1e-5,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
+    mixer: str = "pool",
+    mixer_options: dict[str, Any] | None = None,
+    distillation: bool = True,
+    dense: int | None = None,
+    img_size: int | tuple[int, int] = 224,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+) -> nn.Module:
+    """An EfficientFormer.
+
+    Args:
+        widths, depths: channels and blocks of each stage.
+        attention_blocks: how many of the last stage's blocks attend (the authors' `vit_num`).
+        heads, key_dim, value_dim: of the attention; values are wider than keys.
+        stem_strides: steps of the stem's two convolutions; (1, 1) or (1, 2) for small images.
+        mixer: name of the mixer of the 4-D blocks.
+        distillation: a second head for the teacher's answer.
+        dense: side of the bias table of the dense form, which takes images of any size; `img_size` is then unused.
+
+    Raises:
+        ValueError: `widths` and `depths` differ in length, or more attention blocks than the last stage has blocks.
+    """
+    if len(widths) != len(depths):
+        raise ValueError(f"widths and depths must be equally long, got {widths} and {depths}")
+    if not 0 <= attention_blocks <= depths[-1]:
+        raise ValueError(f"attention_blocks must be in 0..{depths[-1]} (depths[-1]), got {attention_blocks}")
+    size = pair(img_size)
+    rates = iter(drop_path_rates(drop_path, sum(depths)))
+    reduction = stem_strides[0] * stem_strides[1]
+    stages: list[list[nn.Module]] = []
+    for index, (dim, depth) in enumerate(zip(widths, depths, strict=True)):
+        grid = _grid(size, reduction)
+        blocks: list[nn.Module] = []
+        for place in range(depth):
+            shared: dict[str, Any] = dict(layer_scale=layer_scale, drop_path=next(rates))
+            if index == len(widths) - 1 and depth - place <= attention_blocks:
+                attend = OffsetBiasAttention(
+                    dim,
+                    grid=(dense, dense) if dense else grid,
+                    heads=heads,
+                    key_dim=key_dim,
+                    value_dim=value_dim,
+                    resize=dense is not None,
+                )
+                blocks.append(Block(dim, attend, Mlp(dim, int(dim * mlp_ratio), drop=drop), **shared))
+            else:
+                mix = create_mixer(mixer, dim, grid=grid, **(mixer_options or {}))
+                mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, norm=BatchNorm)
+                blocks.append(Block(dim, mix, mlp, norm=None, **shared))
+        stages.append(blocks)
+        reduction *= 2
+    bound = attention_blocks > 0 and dense is None
+    stem = ConvStem(in_chans, widths[0], stem_strides, img_size=size if bound else None, reduction=reduction // 2)
+    merges = [ConvNorm(a, b, 3, stride=2) for a, b in zip(widths, widths[1:], strict=False)]
+    head: nn.Module = nn.Identity()
+    if dense is None:
+        head = (DistilledClassifier if distillation else Classifier)(widths[-1], num_classes)
+    model = Pyramid(
+        stem,
+        stages,
+        merges,
+        norm=nn.LayerNorm(widths[-1]) if dense is None else None,
+        head=head,
+        out_norms=None if dense is None else [GroupNorm1(dim) for dim in widths],
+    )
+    init_transformer(model)
+    return model
