@@ -6,7 +6,7 @@ from gossamer.layers.embed import PatchEmbed, TextStem, TokenStem
 from gossamer.layers.heads import Classifier, SequencePool, mean_pool
 from gossamer.layers.mlp import Mlp
 from gossamer.layers.norms import BatchNorm, GroupNorm1, LayerNorm
-from gossamer.layers.positions import resize_positions, sinusoid
+from gossamer.layers.positions import GridPositions, resize_positions, sinusoid
 
 __all__ = [
     "BatchNorm",
@@ -15,6 +15,7 @@ __all__ = [
     "Conv",
     "ConvNorm",
     "DropPath",
+    "GridPositions",
     "GroupNorm1",
     "LayerNorm",
     "Mlp",

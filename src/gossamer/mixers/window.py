@@ -5,13 +5,16 @@ Source: Liu et al. 2021, "Swin Transformer", section 3.2, equations 3-4.
 - cost grows linearly with tokens at a fixed window
 - one, two or three grid axes; any grid size (zero-padded at the end of an axis, as in the authors' dense form)
 - a learned bias for each head and each relative position inside a window
+- tokens of different regions of a shifted window are kept apart by a finite penalty, as the released weights were
+  trained with
 - prunable: heads
 """
 
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gossamer.mixers.base import register_mixer
@@ -19,7 +22,6 @@ from gossamer.mixers.heads import HeadMixer
 from gossamer.ops import grid as g
 from gossamer.ops.attention import attention, join_heads
 
-# Released weights were trained with this finite penalty between tokens of different regions.
 REGION_PENALTY = -100.0
 
 
@@ -31,14 +33,15 @@ class WindowAttention(HeadMixer):
         dim: channels.
         heads: attention heads.
         window: window side in tokens, the same on every axis.
-        axes: number of grid axes (sets the size of the bias table).
+        axes: number of grid axes (sets the size of the bias table), where `grid` does not say it.
         shifted: shift the grid by half a window first.
-        small: what happens on an axis no longer than the window: `shrink` takes the whole axis as the window and
-            does not shift (the authors' classification form), `pad` pads it (their dense form).
+        small: what happens on a grid whose shortest axis is no longer than the window: `shrink` takes that axis as the
+            window's side and does not shift (the authors' classification form), `pad` pads to the window and shifts
+            all the same (their dense form).
         grid: size of the token grid, where it is known: with `shrink` the bias table is made for the window that fits.
 
     Raises:
-        ValueError: `heads` does not divide `dim`.
+        ValueError: `heads` does not divide `dim`, or the input has other grid axes than the table.
     """
 
     def __init__(
@@ -58,38 +61,64 @@ class WindowAttention(HeadMixer):
             axes = len(grid)
         self.shifted = shifted
         self.small = small
-        self.size = (window,) * axes
-        if grid is not None and small == "shrink" and min(grid) <= window:
-            self.size, self.shifted = (min(grid),) * axes, False
+        self.size = (window_side(window, grid, small),) * axes
         rows = 1
         for s in self.size:
             rows *= 2 * s - 1
         self.bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty(rows, heads), std=0.02))
-        self.register_buffer("bias_index", g.relative_index(self.size), persistent=False)
+        self.register_buffer("bias_index", g.relative_index(self.size).flatten(), persistent=False)
 
     def forward(self, x: Float[Tensor, "b *grid c"]) -> Float[Tensor, "b *grid c"]:
-        size = self.size
-        shape = x.shape[1:-1]
+        size, shape = self.size, x.shape[1:-1]
+        if len(shape) != len(size):
+            raise ValueError(f"the bias table is for {len(size)} grid axes (axes=), got input {tuple(x.shape)}")
         padded = g.pad_to_multiple(x, size)
         full = tuple(padded.shape[1:-1])
-        offset = tuple(s // 2 if self.shifted else 0 for s in size)
-        if self.small == "shrink":
-            offset = tuple(0 if n <= s else o for n, s, o in zip(full, size, offset, strict=True))
+        offset = shift_offset(shape, size, self.shifted, self.small)
         w = g.windows(g.shift(padded, [-o for o in offset]), size)
         q, k, v = self.project(w)
-        y = attention(q, k, v, bias=self._bias(full, offset, len(w)))
-        y = self.proj(join_heads(y))
-        return g.crop(g.shift(g.unwindows(y, size, full), offset), shape)
+        bias = self.relative_bias()
+        if any(offset):
+            y = self._attend_regions(q, k, v, bias, g.shift_mask(full, size, offset).to(x.device))
+        else:
+            y = join_heads(attention(q, k, v, bias=bias))
+        return g.crop(g.shift(g.unwindows(self.proj(y), size, full), offset), shape)
 
-    def _bias(self, full: tuple[int, ...], offset: tuple[int, ...], count: int) -> Tensor:
-        n = self.bias_index.shape[0]
-        bias = self.bias_table[self.bias_index.flatten()].view(n, n, self.heads).permute(2, 0, 1)[None]
-        if not any(offset):
-            return bias
-        apart = ~g.shift_mask(full, self.size, offset).to(bias.device)
-        bias = bias + apart[:, None].to(bias.dtype) * REGION_PENALTY
-        return bias.repeat(count // len(bias), 1, 1, 1)
+    def relative_bias(self) -> Float[Tensor, "1 h n n"]:
+        """`B[h, i, j] = table[index(i, j), h]`."""
+        n = round(len(self.bias_index) ** 0.5)
+        # An embedding look-up: its gradient is far cheaper than that of indexing.
+        return (
+            F.embedding(self.bias_index.to(self.bias_table.device), self.bias_table)
+            .view(n, n, self.heads)
+            .permute(2, 0, 1)[None]
+        )
+
+    def _attend_regions(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, together: Bool[Tensor, "w n n"]
+    ) -> Float[Tensor, "bw n c"]:
+        count, n = together.shape[:2]
+        bias = bias + (~together)[:, None].to(bias.dtype) * REGION_PENALTY
+        if bias.requires_grad:
+            # Written-out attention copies q, k and v anyway. With windows among the heads the bias broadcasts.
+            q, k, v = (t.unflatten(0, (-1, count)).flatten(1, 2) for t in (q, k, v))
+            y = attention(q, k, v, bias=bias.flatten(0, 1)[None])
+            return y.unflatten(1, (count, self.heads)).transpose(2, 3).reshape(-1, n, self.heads * self.head_dim)
+        bias = bias.expand(len(q) // count, *bias.shape).flatten(0, 1)
+        return join_heads(attention(q, k, v, bias=bias))
 
     def keep(self, axis: str, index: Int[Tensor, " k"]) -> None:
         super().keep(axis, index)
         self.bias_table = nn.Parameter(self.bias_table.detach()[:, index].clone())
+
+
+def window_side(window: int, grid: tuple[int, ...] | None, small: str) -> int:
+    """The side of the window that fits a grid: its shortest axis, if that is no longer than the window."""
+    return min(window, *grid) if grid is not None and small == "shrink" else window
+
+
+def shift_offset(grid: tuple[int, ...], size: tuple[int, ...], shifted: bool, small: str) -> tuple[int, ...]:
+    """Half a window on each axis, or none where the rule for small grids says so."""
+    if not shifted or (small == "shrink" and min(grid) <= size[0]):
+        return (0,) * len(size)
+    return tuple(s // 2 for s in size)

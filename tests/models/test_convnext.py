@@ -1,0 +1,121 @@
+"""ConvNeXt: equal to the authors' code, channels last equals channels first, 7x7 and nothing more is seen."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gossamer import measure
+from gossamer.models import create_model, load_official
+from gossamer.models.registry import system
+from official import golden, manifest, seeded_state
+from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
+
+FOUR = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+OFFICIAL = {
+    "convnext": ({**FOUR, "num_classes": 7}, (2, 3, 66, 41), "stages.1.0.dwconv.weight"),
+    "convnext_isotropic": (
+        {"depths": (2,), "dims": (16,), "patch": 16, "layer_scale": None, "stem_norm": False, "num_classes": 7},
+        (1, 3, 66, 41),
+        "blocks.0.pwconv1.weight",
+    ),
+    "convnext_dense": ({**FOUR, "depths": (1, 1, 1, 1), "dense": True}, (1, 3, 66, 41), "stages.1.0.gamma"),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_convnext_equals_official(name: str) -> None:
+    settings, shape, key = OFFICIAL[name]
+    equals_official(name, "convnext", settings, shape, key)
+
+
+def test_every_official_checkpoint_of_convnext_fits() -> None:
+    for name in manifest("convnext"):
+        manifest_fits("convnext", name)
+
+
+@pytest.mark.parametrize("name", list(system("convnext").variants)[:8])
+def test_convnext_costs_what_is_published(name: str) -> None:
+    costs_are_published(name)
+
+
+def test_cost_is_linear_in_pixels() -> None:
+    with torch.device("meta"):
+        model = create_model("convnext_t", num_classes=0).eval()
+        counts = [measure.macs(model, (torch.empty(1, 3, side, side),)).total for side in (128, 256)]
+    assert counts[1] / counts[0] == pytest.approx(4, rel=0.01)
+
+
+def test_a_block_equals_its_channels_first_form_with_1x1_convolutions() -> None:
+    model = create_model("convnext", **FOUR, layer_scale=0.7)
+    block = model.stages[1][0]
+    x = torch.randn(2, 9, 7, 16)
+    y = F.conv2d(x.movedim(-1, 1).contiguous(), block.mixer.conv.weight, block.mixer.conv.bias, padding=3, groups=16)
+    mean, var = y.mean(1, keepdim=True), y.var(1, unbiased=False, keepdim=True)
+    y = (y - mean) / (var + 1e-6).sqrt() * block.norm1.weight[:, None, None] + block.norm1.bias[:, None, None]
+    y = F.gelu(F.conv2d(y, block.mlp.fc1.weight[:, :, None, None], block.mlp.fc1.bias))
+    y = F.conv2d(y, block.mlp.fc2.weight[:, :, None, None], block.mlp.fc2.bias)
+    want = x.movedim(-1, 1) + 0.7 * y
+    torch.testing.assert_close(block(x), want.movedim(1, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_is_the_identity_at_scale_zero_and_nearly_so_at_the_start() -> None:
+    x = torch.randn(2, 9, 9, 8)
+    zero = create_model("convnext", **FOUR, layer_scale=0.0).stages[0][0]
+    assert torch.equal(zero(x), x)
+    start = create_model("convnext", **FOUR).stages[0][0]
+    assert 0 < (start(x) - x).norm() < 1e-4 * x.norm()
+
+
+def test_one_block_sees_7x7_and_no_more() -> None:
+    block = create_model("convnext", **FOUR, layer_scale=1.0).stages[0][0]
+    x = torch.randn(1, 15, 15, 8, requires_grad=True)
+    (reach,) = torch.autograd.grad(block(x)[0, 7, 7].sum(), x)
+    inside = torch.zeros(15, 15, dtype=torch.bool)
+    inside[4:11, 4:11] = True
+    assert torch.equal(reach.abs().sum((0, 3)) > 0, inside)
+
+
+@pytest.mark.parametrize("shape", [(224, 224), (256, 320), (250, 190)])
+def test_feature_strides_are_4_8_16_32(shape: tuple[int, int]) -> None:
+    maps = create_model("convnext", **FOUR, dense=True).features(torch.randn(1, 3, *shape))
+    grids = [(shape[0] // 4, shape[1] // 4)]
+    for _ in range(3):
+        grids.append((grids[-1][0] // 2, grids[-1][1] // 2))
+    assert [tuple(m.shape[1:3]) for m in maps] == grids
+
+
+def test_images_smaller_than_the_deepest_stride_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least 32.*31x64"):
+        create_model("convnext", **FOUR)(torch.randn(1, 3, 31, 64))
+
+
+def test_the_dense_form_takes_the_backbone_of_a_classifier() -> None:
+    state = seeded_state(golden("convnext")["shapes"])
+    dense = load_official(create_model("convnext", **FOUR, dense=True), state)
+    strict = load_official(create_model("convnext", **FOUR, num_classes=7), state)
+    x = torch.randn(1, 3, 64, 64)
+    maps = strict.features(x)
+    torch.testing.assert_close(dense.features(x), [F.layer_norm(m, m.shape[-1:], eps=1e-6) for m in maps])
+
+
+def test_head_init_scale_shrinks_the_first_logits() -> None:
+    torch.manual_seed(0)
+    one = create_model("convnext", **FOUR)
+    torch.manual_seed(0)
+    small = create_model("convnext", **FOUR, head_init_scale=0.001)
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(small(x), one(x) * 0.001)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
+def test_scaled_convnext_takes_any_small_image(spec) -> None:
+    scales("convnext", spec, "s")
+
+
+def test_scaled_convnext_keeps_its_budget() -> None:
+    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
+    for size, low, high in (("xs", 3, 9), ("s", 18, 45), ("m", 70, 130), ("l", 220, 420)):
+        name, settings = system("convnext").scale(spec, size)
+        with torch.device("meta"):
+            model = create_model(name, **settings).eval()
+            assert low < measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6 < high
