@@ -17,7 +17,7 @@ __all__ = ["OneLineErrors"]
 
 # Click's UsageError, by way of Typer, which brings its own Click from some version on.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-_USER_ERRORS = (ValueError, OSError, ImportError)
+_USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 
 
 class OneLineErrors(TyperGroup):
