@@ -3,6 +3,7 @@
 from .archive import safe_extract
 from .files import atomic_path, atomic_write, read_json, write_json
 from .onnx import Certificate, export_onnx, onnx_callable, onnx_session
+from .quantize import quantize_onnx, sensitivity
 from .weights import load_weights, read_checkpoint, save_weights
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "load_weights",
     "onnx_callable",
     "onnx_session",
+    "quantize_onnx",
     "read_checkpoint",
     "read_json",
     "safe_extract",
     "save_weights",
+    "sensitivity",
     "write_json",
 ]

@@ -8,15 +8,16 @@
 
 from __future__ import annotations
 
-import io
 import logging
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,10 @@ from torch import Tensor, nn
 
 from .files import atomic_path
 
-Dynamic = Literal["batch", "size"]
-
 # Protocol buffers end at 2 GiB; a little is left for the graph itself.
 _MOST_BYTES = 2**31 - 2**24
 _OPSET = 20
+_LOG = "_jit_is_onnx_log_enabled"
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Certificate:
     opset: int
     exporter: str
     seconds: float
-    requested: Dynamic | None
-    held: Dynamic | None
+    requested: str | None
+    held: str | None
     shapes: list[list[list[int]]]
     max_abs: float
     max_rel: float
@@ -74,18 +74,18 @@ def export_onnx(
     *,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    dynamic: Dynamic | None = "batch",
+    dynamic: str | None = "batch",
     second_inputs: Tensor | tuple[Tensor, ...] | None = None,
     real_inputs: Tensor | tuple[Tensor, ...] | None = None,
-    tolerance: float = 1e-4,
-    exporter: Literal["dynamo", "fast"] = "dynamo",
+    tolerance: float | int = 1e-4,
+    exporter: str = "dynamo",
 ) -> Certificate:
     """Write `model` in evaluation mode to one ONNX file and certify it.
 
     Args:
         model: a module of tensors in, one tensor or several out.
         inputs: example of each input, batch first.
-        path: the file; written atomically.
+        path: the file; written atomically, and not at all if the model cannot be exported.
         input_names, output_names: names in the file; "input" and "output", numbered where there are several.
         dynamic: "batch": the first axis of every input is free. "size": so are the axes in which `inputs` and
             `second_inputs` differ (height and width of images, length of sequences). None: all fixed.
@@ -114,45 +114,59 @@ def export_onnx(
             outputs = _leaves(model(*first))
             names_out = list(output_names or _numbered("output", len(outputs)))
             reasons: list[str] = []
-            for held, kind in _attempts(dynamic, exporter):
-                second = _second(first, second_inputs, held)
-                heard: list[str] = []
-                try:
-                    model(*second)
-                except Exception as error:  # bound to its size: no exporter can help
-                    reasons.append(f"{held or 'static'}: the module itself refuses it: {_first_line(error)}")
-                    continue
-                try:
-                    with atomic_path(path) as temporary, _quiet(heard):
-                        _WRITERS[kind](model, first, second, temporary, names_in, names_out, held)
-                    result = _compare(model, path, names_in, [first, second, real_inputs], held, tolerance)
-                except Exception as error:  # an exporter may fail in any way its many parts do
-                    reasons.append(f"{kind}, {held or 'static'}: {_first_line(error)}")
-                    continue
-                if result.wrong and (held, kind) != _attempts(dynamic, exporter)[-1]:
-                    reasons.append(f"{kind}, {held or 'static'}: {result.wrong}")
-                    continue
-                return Certificate(
-                    passed=not result.wrong,
-                    path=str(path),
-                    size_mb=path.stat().st_size / 1e6,
-                    opset=result.opset,
-                    exporter=kind,
-                    seconds=time.perf_counter() - start,
-                    requested=dynamic,
-                    held=held,
-                    shapes=result.shapes,
-                    max_abs=result.max_abs,
-                    max_rel=result.max_rel,
-                    tolerance=tolerance,
-                    reason="; ".join([*reasons, result.wrong] if result.wrong else reasons),
-                    warnings=heard,
-                    versions=_versions(),
-                )
+            doubtful: Certificate | None = None
+            with tempfile.TemporaryDirectory(prefix="gossamer-") as folder:
+                for held, kind in _attempts(dynamic, exporter):
+                    second = _second(first, second_inputs, held)
+                    heard: list[str] = []
+                    candidate = Path(folder) / "candidate.onnx"
+                    try:
+                        model(*second)
+                    except Exception as error:  # bound to its size: no exporter can help
+                        reasons.append(f"{held or 'static'}: the module itself refuses it: {_first_line(error)}")
+                        continue
+                    try:
+                        with _quiet(heard):
+                            _WRITERS[kind](model, first, second, candidate, names_in, names_out, held)
+                        result = _compare(model, candidate, names_in, [first, second, real_inputs], held, tolerance)
+                    except Exception as error:  # an exporter may fail in any way its many parts do
+                        reasons.append(f"{kind}, {held or 'static'}: {_first_line(error)}")
+                        continue
+                    if result.wrong:
+                        reasons.append(f"{kind}, {held or 'static'}: {result.wrong}")
+                        if doubtful is not None:
+                            continue
+                    certificate = Certificate(
+                        passed=not result.wrong,
+                        path=str(path),
+                        size_mb=candidate.stat().st_size / 1e6,
+                        opset=result.opset,
+                        exporter=kind,
+                        seconds=time.perf_counter() - start,
+                        requested=dynamic,
+                        held=held,
+                        shapes=result.shapes,
+                        max_abs=result.max_abs,
+                        max_rel=result.max_rel,
+                        tolerance=float(tolerance),
+                        reason="; ".join(dict.fromkeys(reasons)),
+                        warnings=heard,
+                        versions=_versions(),
+                    )
+                    if certificate.passed:
+                        _move(candidate, path)
+                        return certificate
+                    # Kept in case nothing better comes: what is asked for most, and differs.
+                    doubtful = certificate
+                    candidate.replace(candidate.with_name("doubtful.onnx"))
+                if doubtful is not None:
+                    _move(Path(folder) / "doubtful.onnx", path)
+                    reason = "; ".join(dict.fromkeys(reasons))
+                    return replace(doubtful, reason=reason, seconds=time.perf_counter() - start)
     finally:
         for module, training in flags.items():
             module.training = training
-    raise ValueError(f"{type(model).__name__} could not be exported to ONNX: {'; '.join(reasons)}")
+    raise ValueError(f"{type(model).__name__} could not be exported to ONNX: {'; '.join(dict.fromkeys(reasons))}")
 
 
 def onnx_session(path: str | Path, threads: int | None = None) -> Any:
@@ -192,7 +206,7 @@ def _by_dynamo(
     path: Path,
     names_in: list[str],
     names_out: list[str],
-    held: Dynamic | None,
+    held: str | None,
 ) -> None:
     batch = torch.export.Dim("batch", min=1)
     shapes: Any = None
@@ -224,7 +238,7 @@ def _by_tracing(
     path: Path,
     names_in: list[str],
     names_out: list[str],
-    held: Dynamic | None,
+    held: str | None,
 ) -> None:
     axes: dict[str, dict[int, str]] = {}
     if held is not None:
@@ -247,9 +261,9 @@ def _by_tracing(
 _WRITERS = {"dynamo": _by_dynamo, "fast": _by_tracing}
 
 
-def _attempts(dynamic: Dynamic | None, exporter: str) -> list[tuple[Dynamic | None, str]]:
+def _attempts(dynamic: str | None, exporter: str) -> list[tuple[str | None, str]]:
     """From what was asked for down to what every model can have."""
-    forms: dict[Dynamic | None, list[Dynamic | None]] = {
+    forms: dict[str | None, list[str | None]] = {
         "size": ["size", "batch", None],
         "batch": ["batch", None],
         None: [None],
@@ -262,7 +276,7 @@ def _attempts(dynamic: Dynamic | None, exporter: str) -> list[tuple[Dynamic | No
     return [(form, kind) for form in forms[dynamic] for kind in kinds]
 
 
-def _free_axes(first: tuple[Tensor, ...], second: tuple[Tensor, ...], held: Dynamic) -> list[list[int]]:
+def _free_axes(first: tuple[Tensor, ...], second: tuple[Tensor, ...], held: str) -> list[list[int]]:
     if held == "batch":
         return [[0] for _ in first]
     return [
@@ -272,7 +286,7 @@ def _free_axes(first: tuple[Tensor, ...], second: tuple[Tensor, ...], held: Dyna
 
 
 def _second(
-    first: tuple[Tensor, ...], given: Tensor | tuple[Tensor, ...] | None, held: Dynamic | None
+    first: tuple[Tensor, ...], given: Tensor | tuple[Tensor, ...] | None, held: str | None
 ) -> tuple[Tensor, ...]:
     """Inputs of another shape, as far as the form allows one, and in any case of other values.
 
@@ -311,7 +325,7 @@ def _compare(
     path: Path,
     names: list[str],
     cases: list[Any],
-    held: Dynamic | None,
+    held: str | None,
     tolerance: float,
 ) -> _Comparison:
     import onnx
@@ -353,11 +367,18 @@ def _quiet(heard: list[str]) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    # The tracer prints whole graphs from C++ when it fails unless its log is off; and it turns the log on itself
+    # wherever this name is true, taking the function for its result.
+    was_on = getattr(torch._C, _LOG, None)
+    if was_on is not None:
+        setattr(torch._C, _LOG, False)
     try:
-        with warnings.catch_warnings(record=True) as caught, redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
     finally:
+        if was_on is not None:
+            setattr(torch._C, _LOG, was_on)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     for warning in caught:
@@ -365,6 +386,11 @@ def _quiet(heard: list[str]) -> Iterator[None]:
             text = str(warning.message).splitlines()[0][:200]
             if text not in heard and len(heard) < 8:
                 heard.append(text)
+
+
+def _move(source: Path, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

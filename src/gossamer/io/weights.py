@@ -67,7 +67,7 @@ def read_checkpoint(path: str | Path, *, max_bytes: int = 16 * GIB) -> dict[str,
     return tensors
 
 
-def save_weights(state: Mapping[str, Tensor], path: str | Path) -> None:
+def save_weights(state: Mapping[str, Any], path: str | Path) -> None:
     """Write tensors as safetensors, atomically; tied ones once.
 
     Raises:
@@ -149,8 +149,9 @@ def _unpickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).replace("\n", " ")
-        if "GLOBAL" in reason or "Unsupported" in reason or "global" in reason:
-            start = max(reason.find("Unsupported"), reason.find("GLOBAL"), 0)
+        # The reader names what it was asked to import or build; else it met bytes that are no pickle.
+        start = max(reason.find(sign) for sign in ("Unsupported global", "Unsupported class", "Trying to"))
+        if start >= 0:
             raise ValueError(f"{path} holds pickled code, which is not run: {reason[start : start + 160]}") from None
         raise ValueError(f"{path} is not a checkpoint: {reason[:160]}") from None
     except (RuntimeError, EOFError, ValueError, OSError, IndexError, KeyError, AttributeError) as error:

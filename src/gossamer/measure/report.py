@@ -30,7 +30,7 @@ def measure_model(
     batches: Sequence[int] = (1, 16),
     forms: Sequence[str] = ("eager",),
     extra_forms: Mapping[str, MakeForm] | None = None,
-    budget_s: float = 2.0,
+    budget_s: float | int = 2.0,
     threads: int | None = None,
     per_layer: bool = False,
 ) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def distinguishable(a: Latency, b: Latency) -> bool:
 def latency(
     forms: Mapping[str, Callable[[], object]],
     *,
-    budget_s: float = 2.0,
+    budget_s: float | int = 2.0,
     min_runs: int = 10,
     threads: int | None = None,
 ) -> dict[str, Latency]:
