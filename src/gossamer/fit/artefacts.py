@@ -20,7 +20,6 @@ from gossamer.fit.candidates import calibration, example_inputs, file_cost
 from gossamer.fit.finish import Finalist
 from gossamer.fit.options import excess, over_budget
 from gossamer.io import export_onnx, onnx_callable, onnx_session, quantize_onnx, sensitivity
-from gossamer.io.quantize import Mode
 from gossamer.measure import macs, parameters, peak_memory
 from gossamer.models.folder import save
 from gossamer.shrink.gate import speed_gate
@@ -30,7 +29,7 @@ from gossamer.train import Settings, Trainer
 from gossamer.train.trainer import model_outputs
 
 CALIBRATION = 256
-MODES: tuple[Mode, ...] = ("dynamic", "static", "mixed")
+MODES = ("dynamic", "static", "mixed")
 LOSS = 0.01  # share of the metric an int8 form may lose before layers are left in floats
 MOST_EXCLUDED = 4
 KEEP = 0.6
