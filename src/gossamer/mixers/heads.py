@@ -39,9 +39,9 @@ class HeadMixer(Mixer):
 
     def project(self, x: Float[Tensor, "b n c"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values, each `(b, heads, n, head_dim)`."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        # Split before the axes are swapped: the three gradients are then joined in the product's own layout, in one copy.
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def widths(self) -> dict[str, int]:
         return {"heads": self.heads}
