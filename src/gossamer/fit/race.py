@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gossamer.data.base import Dataset
 from gossamer.fit.candidates import Candidate
+from gossamer.layers.init import init_by_width
 from gossamer.models.registry import system
 from gossamer.tasks.base import Task
 from gossamer.train import Diverged, Settings, Trainer
@@ -247,4 +248,6 @@ def make_trainer(
 ) -> Trainer:
     """A trainer for `candidate`, initialised by the run's seed."""
     torch.manual_seed(base.seed)
-    return Trainer(candidate.build(), task, data, replace(base, lr=lr, strength=strength), **extra)
+    model = candidate.build()
+    init_by_width(model)
+    return Trainer(model, task, data, replace(base, lr=lr, strength=strength), **extra)

@@ -95,7 +95,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         ValueError: no such name, or an override the builder does not take.
     """
     entry = system(catalogue.find(name).slug)
-    settings = {**entry.variants.get(name, {}), **overrides}
+    settings = {**entry.variants.get(name, {}), **{k: _tuples(v) for k, v in overrides.items()}}
     known = inspect.signature(entry.build).parameters
     unknown = sorted(set(settings) - set(known))
     if unknown:
@@ -172,3 +172,8 @@ def rename(state: Mapping[str, Tensor], rules: Rules) -> State:
         if new is not None:
             renamed[new] = value
     return renamed
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples: settings that have been through JSON are as they were."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -23,7 +23,8 @@ def pad_to_multiple(x: Float[Tensor, "b *grid c"], size: Sequence[int]) -> Float
     """Zero-pads the end of each grid axis to a multiple of `size`."""
     grid = x.shape[1:-1]
     missing = [-g % s for g, s in zip(grid, size, strict=True)]
-    if not any(missing):
+    # A size that a tracer left open is never known to need no padding: the pad stays in the graph.
+    if all(isinstance(m, int) and m == 0 for m in missing):
         return x
     return F.pad(x, [0, 0] + [p for m in reversed(missing) for p in (0, m)])
 
@@ -31,7 +32,7 @@ def pad_to_multiple(x: Float[Tensor, "b *grid c"], size: Sequence[int]) -> Float
 def crop(x: Float[Tensor, "b *padded c"], grid: Sequence[int]) -> Float[Tensor, "b *grid c"]:
     """The first `grid` tokens of each axis."""
     for axis, length in enumerate(grid, 1):
-        if x.shape[axis] != length:
+        if not (isinstance(length, int) and x.shape[axis] == length):
             x = x.narrow(axis, 0, length)
     return x
 
@@ -50,9 +51,7 @@ def dilated_windows(x: Float[Tensor, "b *grid c"], size: Sequence[int]) -> Float
     return _partition(x, size, dilated=True)
 
 
-def unwindows(
-    w: Float[Tensor, "bw n c"], size: Sequence[int], grid: Sequence[int]
-) -> Float[Tensor, "b *grid c"]:
+def unwindows(w: Float[Tensor, "bw n c"], size: Sequence[int], grid: Sequence[int]) -> Float[Tensor, "b *grid c"]:
     """Inverse of `windows`."""
     return _unpartition(w, size, grid, dilated=False)
 
@@ -136,9 +135,7 @@ def _shift_mask(grid: tuple[int, ...], size: tuple[int, ...], offset: tuple[int,
     counts = [g // s for g, s in zip(grid, size, strict=True)]
     split = labels.reshape([p for pair in zip(counts, size, strict=True) for p in pair])
     axes = len(grid)
-    regions = split.transpose(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)).reshape(
-        prod(counts), prod(size)
-    )
+    regions = split.transpose(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)).reshape(prod(counts), prod(size))
     return regions[:, :, None] == regions[:, None, :]
 
 
