@@ -116,10 +116,12 @@ def describe(values: pd.Series, name: str) -> Column:
     few = 2 <= distinct <= min(MOST_CLASSES, max(2, rows // 3))
     short = float(strings.str.len().mean()) <= 40 and words <= 5
     numeric = np.isfinite(numbers(sample)).mean()
-    if times(sample, name).notna().mean() > 0.9 and distinct > min(rows, SAMPLE) // 2:
+    dated = any(times(sample, name, day_first).notna().mean() > 0.9 for day_first in (False, True))
+    if dated and distinct > min(rows, SAMPLE) // 2:
         return Column(name, "time", distinct, words)
     if numeric > 0.5:
-        whole = np.nanmax(np.abs(numbers(sample) % 1)) == 0
+        plain_numbers = numbers(sample)
+        whole = not (plain_numbers[np.isfinite(plain_numbers)] % 1).any()
         return Column(name, "label" if few and whole and distinct <= 50 else "number", distinct, words)
     if few and short and not (name.lower() in TEXT_NAMES and words >= 3):
         return Column(name, "label", distinct, words)

@@ -5,7 +5,7 @@
 
 | strength | 0 | 0.25 | 0.5 | 0.75 | 1 |
 |---|---|---|---|---|---|
-| shift, share of the side (reflected edge is not used; what enters is black) | 0 | 1/16 | 1/8 | 1/8 | 1/8 |
+| shift, share of the side, rounded to pixels; what enters is black | 0 | 1/16 | 1/8 | 1/8 | 1/8 |
 | contrast and brightness, +- | 0 | 10 % | 20 % | 30 % | 40 % |
 | cut-out square, share of the side | 0 | 1/8 | 1/4 | 3/8 | 1/2 |
 | share of batches mixed (mixup or cutmix, soft targets) | 0 | 0 | 0 | 1/2 | all |
@@ -132,7 +132,7 @@ def shifted(
     Rows are copied whole: the window of an image at shift `(i, j)` is a strided view of the padded batch.
     """
     b, h, w, c = x.shape
-    up, side = (max(1, round(n / 8 * min(1.0, 2 * strength))) for n in (h, w))
+    up, side = (round(n / 8 * min(1.0, 2 * strength)) for n in (h, w))
     padded = F.pad(x, (0, 0, side, side, up, up))
     row = (w + 2 * side) * c
     windows = padded.as_strided((b, h + 2 * up, 2 * side + 1, w * c), ((h + 2 * up) * row, row, c, 1))
