@@ -14,6 +14,8 @@ from gossamer.io import read_json, write_json
 # exporting and reporting.
 MEASURED_BY, RACED_BY = 0.12, 0.42
 TAIL_SHARE, TAIL_LEAST_S = 0.12, 28.0
+# A process older than this has been doing something else before.
+START_UP_S = 60.0
 
 
 class Clock:
@@ -85,7 +87,8 @@ class Clock:
 
 
 def process_age() -> float:
-    """Seconds since this process began: imports and start-up count as the user's time too."""
+    """Seconds since this process began, where that is start-up: imports are the user's time too, a session is not."""
     import psutil
 
-    return max(0.0, time.time() - psutil.Process().create_time())
+    age = time.time() - psutil.Process().create_time()
+    return age if 0 < age < START_UP_S else 0.0
