@@ -104,6 +104,17 @@ def test_a_batch_that_the_module_refuses_falls_back_to_fixed_shapes(tmp_path):
     assert certificate.shapes[0] == certificate.shapes[1] == [[1, 16, 4]]
 
 
+def test_tracing_moves_axes_counted_from_the_end(tmp_path):
+    class Moves(nn.Module):
+        def forward(self, x):
+            return x.movedim(-1, 1), x.movedim((1, -1), (-2, 0)), torch.movedim(x, 0, -1)
+
+    certificate = export_onnx(Moves(), torch.randn(2, 3, 4, 5), tmp_path / "m.onnx", exporter="fast")
+    assert certificate.passed
+    assert certificate.exporter == "fast"
+    assert certificate.held == "batch"
+
+
 def test_what_cannot_be_traced_goes_through_the_other_exporter_in_silence(tmp_path, capfd):
     class Spectral(nn.Module):
         def forward(self, x):

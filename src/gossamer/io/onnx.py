@@ -245,17 +245,30 @@ def _by_tracing(
         for name, free in zip(names_in, _free_axes(first, second, held), strict=True):
             axes[name] = {axis: "batch" if axis == 0 else f"{name}_{axis}" for axis in free}
         axes |= {name: {0: "batch"} for name in names_out}
-    torch.onnx.export(
-        model,
-        first,
-        str(path),
-        dynamo=False,
-        dynamic_axes=axes or None,
-        input_names=names_in,
-        output_names=names_out,
-        opset_version=_OPSET,
-        verbose=False,
-    )
+    torch.onnx.register_custom_op_symbolic("aten::movedim", _movedim, _OPSET)
+    try:
+        torch.onnx.export(
+            model,
+            first,
+            str(path),
+            dynamo=False,
+            dynamic_axes=axes or None,
+            input_names=names_in,
+            output_names=names_out,
+            opset_version=_OPSET,
+            verbose=False,
+        )
+    finally:
+        torch.onnx.unregister_custom_op_symbolic("aten::movedim", _OPSET)
+
+
+def _movedim(g: Any, x: Any, source: Any, destination: Any) -> Any:
+    """A transposition. The tracer's own form writes negative axes into the file, where they mean nothing."""
+    rank = x.type().dim()
+    ends = [[int(i) % rank for i in value.node().t("value").reshape(-1)] for value in (source, destination)]
+    moved = dict(zip(ends[1], ends[0], strict=True))
+    rest = (axis for axis in range(rank) if axis not in ends[0])
+    return g.op("Transpose", x, perm_i=[moved[axis] if axis in moved else next(rest) for axis in range(rank)])
 
 
 _WRITERS = {"dynamo": _by_dynamo, "fast": _by_tracing}
