@@ -19,6 +19,9 @@ from torch import Tensor
 
 Normaliser = Callable[[Tensor], Tensor]
 
+# Above this many query-key pairs a head, memory speaks for the fused kernel even where it is slower.
+BF16_FUSED_PAIRS = 1024 * 1024
+
 
 def attention(
     q: Float[Tensor, "b h n d"],
@@ -53,7 +56,7 @@ def attention(
     """
     q, k, v, mask, bias, scale = _fold(q, k, v, mask, bias, causal, scale, temperature, sinks)
     keyed = temperature is not None and temperature.shape[-1] != 1
-    if normaliser is None and not keyed and _fusable(q, v, bias):
+    if normaliser is None and not keyed and _fusable(q, k, v, bias, dropout):
         out = F.scaled_dot_product_attention(q, k, v, _additive(mask, bias, q), dropout, scale=scale)
     else:
         weights = _weights(q, k, mask, bias, scale, temperature if keyed else None, sinks, normaliser)
@@ -126,10 +129,15 @@ def _fold(q, k, v, mask, bias, causal, scale, temperature, sinks):
     return q, k, v, mask, bias, q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _fusable(q: Tensor, v: Tensor, bias: Tensor | None) -> bool:
-    # The fused CPU kernel wants equal head widths and gives a learned bias no gradient: PyTorch would fall
-    # back to its own unfused form, which is slower than ours.
-    return q.shape[-1] == v.shape[-1] and not (bias is not None and bias.requires_grad)
+def _fusable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> bool:
+    # The fused kernels want equal head widths and give a learned bias no gradient; the one for CPUs has no dropout.
+    # PyTorch would fall back to its own unfused form, which is slower than ours.
+    if q.shape[-1] != v.shape[-1] or (bias is not None and bias.requires_grad):
+        return False
+    if q.device.type != "cpu":
+        return True
+    # In bfloat16 the backward of the CPU kernel is several times slower than the products written out.
+    return not dropout and (q.dtype != torch.bfloat16 or q.shape[2] * k.shape[2] > BF16_FUSED_PAIRS)
 
 
 def _additive(mask: Tensor | None, bias: Tensor | None, q: Tensor) -> Tensor | None:
@@ -141,18 +149,17 @@ def _additive(mask: Tensor | None, bias: Tensor | None, q: Tensor) -> Tensor | N
 def _logits(q, k, mask, bias, scale, temperature, sinks):
     logits = (q * scale) @ k.transpose(-2, -1)
     if temperature is not None:
-        logits = logits * (
-            temperature if sinks is None else F.pad(temperature, (sinks[0].shape[1], 0), value=1.0)
-        )
+        logits = logits * (temperature if sinks is None else F.pad(temperature, (sinks[0].shape[1], 0), value=1.0))
     if bias is not None:
         logits = logits + bias
     return logits if mask is None else logits.masked_fill(~mask, float("-inf"))
 
 
 def _weights(q, k, mask, bias, scale, temperature, sinks, normaliser):
-    if mask is None and temperature is None and normaliser is None and bias is not None:
+    if mask is None and temperature is None and normaliser is None:
+        logits = (q * scale) @ k.transpose(-2, -1)
         # In place: the product's backward does not need its own output.
-        return torch.softmax(((q * scale) @ k.transpose(-2, -1)).add_(bias), -1)
+        return torch.softmax(logits if bias is None else logits.add_(bias), -1)
     return (normaliser or _softmax)(_logits(q, k, mask, bias, scale, temperature, sinks))
 
 
