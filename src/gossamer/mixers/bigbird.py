@@ -3,6 +3,7 @@
 Source: Zaheer et al. 2020, "Big Bird: Transformers for Longer Sequences" (the block form of its appendix D).
 
 - the first and the last block see everything and are seen by everyone; a class token in front lies in the first
+- the blocks are laid over the whole sequence, padding included: it is not read, but it moves the last block
 - random blocks are drawn per head from a seed, so a saved model reads the same blocks again
 - cost grows linearly with tokens; any length (short ones are read whole)
 - prunable: heads
@@ -36,6 +37,7 @@ class BigBird(SequenceMixer):
     """
 
     head_tables = ("head_ids",)
+    head_ids: Tensor
 
     def __init__(
         self,

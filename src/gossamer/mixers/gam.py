@@ -10,8 +10,6 @@ Source: Rishiraj 2025, "Gated Associative Memory: A Parallel O(N) Architecture f
 - prunable: memory slots
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -19,8 +17,6 @@ from torch import Tensor, nn
 
 from gossamer.layers.prune import check_axis
 from gossamer.mixers.base import Mixer, register_mixer
-
-Fusion = Literal["gate", "sum", "local", "global"]
 
 
 @register_mixer("gam", grids=(1,), causal=True)
@@ -39,7 +35,7 @@ class GatedMemory(Mixer):
     """
 
     def __init__(
-        self, dim: int, *, slots: int = 512, kernel: int = 3, fusion: Fusion = "gate", causal: bool = True
+        self, dim: int, *, slots: int = 512, kernel: int = 3, fusion: str = "gate", causal: bool = True
     ) -> None:
         super().__init__(dim)
         if kernel < 1 or slots < 1:

@@ -10,7 +10,6 @@ Source: Choromanski et al. 2021, "Rethinking Attention with Performers" (FAVOR+ 
 
 import math
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class Performer(LinearAttention):
         dim: channels.
         heads: attention heads.
         head_dim: channels of a head, `dim / heads` by default.
-        kernel: kind of features.
+        kernel: kind of features, `relu` or `softmax`.
         features: number of random features of a head (`softmax` only), `head_dim * log(head_dim)` by default.
         causal: sums run only over earlier tokens and the token itself.
         qkv_bias: whether the input products add a bias.
@@ -48,7 +47,7 @@ class Performer(LinearAttention):
         *,
         heads: int = 8,
         head_dim: int | None = None,
-        kernel: Literal["relu", "softmax"] = "relu",
+        kernel: str = "relu",
         features: int | None = None,
         causal: bool = False,
         qkv_bias: bool = False,

@@ -106,5 +106,5 @@ def blocks_with_columns(
     )
     seen = seen.expand(b, h, blocks, w, -1)
     seen = torch.cat((seen, columns_seen.expand(b, h, blocks, w, -1)), -1)
-    flat = (t.flatten(0, 1) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*flat, attn_mask=seen.flatten(0, 1)).unflatten(0, (b, h))
+    fq, fk, fv, fs = (t.flatten(0, 1) for t in (q, k, v, seen))
+    return F.scaled_dot_product_attention(fq, fk, fv, fs).unflatten(0, (b, h))

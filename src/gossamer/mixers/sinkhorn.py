@@ -90,7 +90,8 @@ class SinkhornAttention(SequenceMixer):
         k, v = ((permute @ t.flatten(3)).unflatten(3, (block, -1)) for t in (k, v))
         # A place inside a block counts if any block has a token there.
         seen = valid.any(1)[:, None, None, None].expand(*q.shape[:4], -1)
-        far = F.scaled_dot_product_attention(*(t.flatten(0, 1) for t in (q, k, v)), attn_mask=seen.flatten(0, 1))
+        fq, fk, fv, fs = (t.flatten(0, 1) for t in (q, k, v, seen))
+        far = F.scaled_dot_product_attention(fq, fk, fv, fs)
         return y + far.view(*q.shape[:2], blocks * block, -1)[:, :, :n]
 
     def _permutation(self, sums: Float[Tensor, "b h i d"], valid: Bool[Tensor, "#b i"]) -> Float[Tensor, "b h i i"]:

@@ -78,8 +78,8 @@ class SparseAttention(SequenceMixer):
         # A column inside the query's own block is seen there already.
         apart = columns // block != torch.arange(blocks, device=x.device)[:, None, None]
         seen = mask[:, columns][:, None, None, None] & apart
-        padded = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (blocks, block)) for t in (q, k, v))
-        y = blocks_with_columns(*padded, own, (k[:, :, columns], v[:, :, columns]), seen)
+        bq, bk, bv = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (blocks, block)) for t in (q, k, v))
+        y = blocks_with_columns(bq, bk, bv, own, (k[:, :, columns], v[:, :, columns]), seen)
         y = y.flatten(2, 3)[:, :, :n]
         if not g:
             return y

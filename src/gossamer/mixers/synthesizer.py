@@ -11,7 +11,6 @@ products (its R+V and D+V), which Long Range Arena runs.
 """
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,7 +32,7 @@ class Synthesizer(SequenceMixer):
         grid: size of the token grid; its tokens are the longest sequence.
         heads: attention heads.
         head_dim: channels of a head, `dim / heads` by default.
-        mode: where the logits come from.
+        mode: where the logits come from: `random`, `factorized` or `dense`.
         rank: inner width of the factorized logits.
         qkv_bias: whether the input products add a bias.
         out_bias: whether the output product adds one.
@@ -43,6 +42,14 @@ class Synthesizer(SequenceMixer):
             than the grid has.
     """
 
+    logits: nn.Parameter
+    left: nn.Parameter
+    right: nn.Parameter
+    inner_weight: nn.Parameter
+    inner_bias: nn.Parameter
+    row_weight: nn.Parameter
+    row_bias: nn.Parameter
+
     def __init__(
         self,
         dim: int,
@@ -50,7 +57,7 @@ class Synthesizer(SequenceMixer):
         grid: tuple[int, ...],
         heads: int = 8,
         head_dim: int | None = None,
-        mode: Literal["random", "factorized", "dense"] = "random",
+        mode: str = "random",
         rank: int = 32,
         qkv_bias: bool = False,
         out_bias: bool = False,

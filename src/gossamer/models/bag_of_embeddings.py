@@ -9,7 +9,7 @@ Source: Joulin, Grave, Bojanowski, Mikolov 2016, "Bag of Tricks for Efficient Te
 - whole words can be dropped while training (word dropout, Iyyer et al. 2015, "Deep Averaging Networks")
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,7 +41,7 @@ class BagOfEmbeddings(nn.Module):
         dim: int,
         buckets: int,
         hidden: int | None,
-        pool: Literal["mean", "both"],
+        pool: str,
         drop: float,
         word_drop: float,
         pad_id: int,
@@ -104,7 +104,7 @@ def bag_of_embeddings(
     dim: int = 64,
     buckets: int = 0,
     hidden: int | None = None,
-    pool: Literal["mean", "both"] = "mean",
+    pool: str = "mean",
     drop: float = 0.3,
     word_drop: float = 0.0,
     vocab_size: int = 8192,

@@ -52,6 +52,8 @@ class WordStem(nn.Module):
 class LanguageModel(Isotropic):
     """`logits = norm(blocks(stem(ids))) words^T`: the trunk with its word table as the head."""
 
+    stem: WordStem
+
     def __init__(self, stem: WordStem, blocks: list[nn.Module], *, norm: nn.Module) -> None:
         super().__init__(stem, blocks, norm=norm, head=nn.Identity())
 

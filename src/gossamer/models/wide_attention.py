@@ -16,7 +16,7 @@ encoder of Long Range Arena (Tay et al. 2020).
 import copy
 import inspect
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,8 +33,6 @@ from gossamer.models.registry import register_system
 from gossamer.ops.attention import attention_maps
 from gossamer.trunks import Isotropic
 
-Pool = Literal["token", "mean"]
-
 
 class WideBlock(Block):
     """`x = x + drop(sum_groups mixer_group(norm1(x)))`, `x = x + mlp(norm2(x))`.
@@ -43,6 +41,10 @@ class WideBlock(Block):
         head_chunk: heads that run at a time, None for all at once.
         drop: dropout after the mixer.
     """
+
+    mixer: HeadMixer
+    mlp: nn.Module
+    norm2: nn.Module
 
     def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, *, drop: float, head_chunk: int | None) -> None:
         super().__init__(dim, mixer, mlp, norm=partial(nn.LayerNorm, eps=1e-6))
@@ -93,7 +95,7 @@ class ClassHead(nn.Module):
         pool: the first `token`, or the `mean` of the valid ones.
     """
 
-    def __init__(self, dim: int, hidden: int, num_classes: int, pool: Pool = "token") -> None:
+    def __init__(self, dim: int, hidden: int, num_classes: int, pool: str = "token") -> None:
         super().__init__()
         if pool not in ("token", "mean"):
             raise ValueError(f"pool must be token or mean, got {pool!r}")
@@ -135,11 +137,12 @@ class Matcher(nn.Module):
 # ---- what the heads of a one-layer model do ------------------------------------------------------------------------
 
 
-def _single(model: nn.Module) -> tuple[Isotropic, WideBlock]:
-    blocks = getattr(model, "blocks", ())
-    if not isinstance(model, Isotropic) or len(blocks) != 1 or not isinstance(blocks[0].mixer, HeadMixer):
-        raise ValueError("model must be a wide attention classifier of one layer (layers=1) whose mixer has heads")
-    return model, blocks[0]
+def _single(model: nn.Module) -> tuple[Isotropic, TextStem, WideBlock]:
+    if isinstance(model, Isotropic) and isinstance(model.stem, TextStem) and len(model.blocks) == 1:
+        block = model.blocks[0]
+        if isinstance(block, WideBlock) and isinstance(block.mixer, HeadMixer):
+            return model, model.stem, block
+    raise ValueError("model must be a wide attention classifier of one layer (layers=1) whose mixer has heads")
 
 
 @torch.no_grad()
@@ -149,10 +152,10 @@ def head_maps(model: nn.Module, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b h t
     Raises:
         ValueError: more than one layer, no class token, or a mixer whose weights cannot be written out.
     """
-    model, block = _single(model)
-    if model.stem.token is None:
+    _, stem, block = _single(model)
+    if stem.token is None:
         raise ValueError("model must pool a class token (pool='token')")
-    x, mask = model.stem(ids)
+    x, mask = stem(ids)
     x = block.norm1(x)
     if isinstance(block.mixer, SequenceMixer):
         return block.mixer.maps(x, mask)[:, :, 0]
@@ -169,9 +172,9 @@ def head_effects(model: nn.Module, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b 
     Raises:
         ValueError: more than one layer, or a mixer without heads.
     """
-    model, block = _single(model)
+    trunk, stem, block = _single(model)
     mixer = block.mixer
-    x, mask = model.stem(ids)
+    x, mask = stem(ids)
     heads: list[Tensor] = []
     hook = mixer.proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
     try:
@@ -180,7 +183,8 @@ def head_effects(model: nn.Module, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b 
         hook.remove()
 
     def answer(stream: Tensor) -> Tensor:
-        return model.head(model.norm(block.tail(stream)), mask)
+        x = block.tail(stream)
+        return trunk.head(x if trunk.norm is None else trunk.norm(x), mask)
 
     whole = answer(x + y)
     parts = zip(heads[0].split(mixer.head_dim, -1), mixer.proj.weight.split(mixer.head_dim, 1), strict=True)
@@ -193,12 +197,14 @@ def head_effects(model: nn.Module, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b 
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     budget = {"xs": 6e6, "s": 30e6, "m": 100e6, "l": 320e6}[size]
     n = spec["max_len"] + 1
-    # Inner width and MLP width are twice the channels: 12 dim^2 for each token, 4 dim for each pair of tokens.
-    fits = [dim for dim in (32, 48, 64, 96, 128, 192, 256, 384, 512) if n * (12 * dim**2 + 4 * dim * n) <= budget]
+    # Long texts are read in linear time.
+    mixer, reach = ("attention", n) if n <= 257 else ("linear", 16)
+    # Inner width and MLP width are twice the channels: 12 dim^2 for each token, 4 dim for each pair that meets.
+    fits = [dim for dim in (32, 48, 64, 96, 128, 192, 256, 384, 512) if n * (12 * dim**2 + 4 * dim * reach) <= budget]
     dim = max(fits, default=32)
     heads = dim // 8
     return "wide_cpu_small_1_8", {
-        **dict(dim=dim, mlp=2 * dim, layers=1, heads=heads, total_heads=heads, head_dim=16, drop=0.3),
+        **dict(dim=dim, mlp=2 * dim, layers=1, heads=heads, total_heads=heads, head_dim=16, mixer=mixer, drop=0.3),
         **spec,
     }
 
@@ -247,7 +253,7 @@ def wide_attention(
     mlp: int = 128,
     mixer: str = "attention",
     mixer_options: dict[str, Any] | None = None,
-    pool: Pool = "token",
+    pool: str = "token",
     drop: float = 0.1,
     head_chunk: int | None = None,
     matching: bool = False,
