@@ -37,6 +37,8 @@ def test_the_separator_of_a_csv_is_seen(write, mark) -> None:
         ("text,label\ngood one,pos\nbad one,neg\nnice one,pos\n", True),
         ("good one,pos\nbad one,neg\nnice one,pos\n", False),
         ("good one,1\nbad one,0\n", False),
+        ("date,0,1\n2024-01-01,3,4\n2024-01-02,5,6\n", True),
+        ("2024-01-01,3,4\n2024-01-02,5,6\n", False),
     ],
 )
 def test_a_header_is_told_from_a_row(write, text, header) -> None:

@@ -48,8 +48,9 @@ def is_missing(values: pd.Series) -> np.ndarray:
     """Boolean `(rows,)`: empty cells, blanks and the usual words for nothing."""
     missing = values.isna().to_numpy(dtype=bool, copy=True)
     if values.dtype == object or pd.api.types.is_string_dtype(values):
-        blank = values.map(lambda cell: isinstance(cell, str) and cell.strip().lower() in BLANKS)
-        missing |= blank.to_numpy(dtype=bool)
+        doubtful = np.flatnonzero(~np.isfinite(numbers(values)) & ~missing)
+        cells = values.iloc[doubtful].tolist()
+        missing[doubtful] = [isinstance(cell, str) and cell.strip().lower() in BLANKS for cell in cells]
     return missing
 
 
@@ -116,7 +117,12 @@ def describe(values: pd.Series, name: str) -> Column:
     few = 2 <= distinct <= min(MOST_CLASSES, max(2, rows // 3))
     short = float(strings.str.len().mean()) <= 40 and words <= 5
     numeric = np.isfinite(numbers(sample)).mean()
-    dated = any(times(sample, name, day_first).notna().mean() > 0.9 for day_first in (False, True))
+    # Parsing prose as dates is slow, so a few cells say whether the others are worth it.
+    dated = any(
+        times(sample.iloc[:20], name, day_first).notna().mean() > 0.5
+        and times(sample, name, day_first).notna().mean() > 0.9
+        for day_first in (False, True)
+    )
     if dated and distinct > min(rows, SAMPLE) // 2:
         return Column(name, "time", distinct, words)
     if numeric > 0.5:

@@ -167,8 +167,9 @@ def value_columns(table: Table, time: str) -> tuple[list[str], list[str]]:
         if name == time:
             continue
         cells = table.frame[name]
-        present = ~is_missing(cells)
-        if present.any() and np.isfinite(numbers(cells[present])).mean() < 0.5:
+        some = cells.iloc[np.linspace(0, len(cells) - 1, min(len(cells), 2000)).astype(int)]
+        some = some[~is_missing(some)]
+        if len(some) and np.isfinite(numbers(some)).mean() < 0.5:
             problems.append(f"column {name!r} holds no numbers and is left out")
         else:
             names.append(name)

@@ -2,7 +2,8 @@
 
 - CSV and TSV are read as text; what a column means is decided by the reader of the task
 - TSV is taken literally, quotes and all, unless only quoting makes its rows equally long
-- a first row counts as header unless one of its cells is a number or recurs further down its column
+- a first row counts as header where a word stands above numbers or dates, and else unless one of its cells is a number
+  or recurs further down its column
 """
 
 from __future__ import annotations
@@ -188,9 +189,16 @@ def delimiter(text: str) -> str:
 
 
 def has_header(rows: list[list[str]]) -> bool:
-    """False where a cell of the first row is a number, empty beside data, or a value of its column."""
+    """True where a word stands above numbers or dates; else False where a cell is a number or a value of its column."""
     first, rest = rows[0], rows[1:2001]
-    if not rest or any(is_number(cell) for cell in first):
+    if not rest:
+        return False
+    for i, cell in enumerate(first):
+        below = [row[i].strip() for row in rest if row[i].strip()]
+        digits = sum(value.lstrip("+-.")[:1].isdigit() for value in below)
+        if cell.strip() and not any(c.isdigit() for c in cell) and digits > 0.9 * max(1, len(below)):
+            return True
+    if any(is_number(cell) for cell in first):
         return False
     if len(first) > 1 and any(len(cell) > 100 for cell in first):
         return False

@@ -72,13 +72,14 @@ def text_dataset(
         coder = train_tokenizer(parts_of["train"], parts_of["val"], vocab_size)
     else:
         coder = load_tokenizer(Path(tokenizer))
-    lengths = [len(e.ids) for e in coder.encode_batch(parts_of["train"])]
+    pad_id = coder.token_to_id("[PAD]") or 0
+    tokens = {name: tokenised(coder, part, pad_id) for name, part in parts_of.items()}
+    lengths = [len(row) for row in tokens["train"]]
     if max_len is None:
         max_len = min(LONGEST, max(8, 8 * int(np.ceil(np.percentile(lengths, 99) / 8))))
-    pad_id = coder.token_to_id("[PAD]") or 0
     splits = {}
     for name, (given, index) in plan.parts.items():
-        ids = encode(coder, parts_of[name], max_len, pad_id)
+        ids = padded(tokens[name], max_len, pad_id)
         splits[name] = Split((ids,), torch.from_numpy(numbers[given][index].astype(np.int64)), parts_of[name])
     meta = {
         "classes": classes,
@@ -187,12 +188,25 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return coder
 
 
-def encode(coder: Tokenizer, texts: list[str], max_len: int, pad_id: int) -> Int[Tensor, "n len"]:
-    """Token ids, cut at `max_len` and filled with `pad_id`. A text without any token becomes one unknown token."""
-    ids = np.full((len(texts), max_len), pad_id, dtype=np.int64)
+def tokenised(coder: Tokenizer, texts: list[str], pad_id: int) -> list[np.ndarray]:
+    """Token ids of each text; a text without any token becomes one unknown token."""
     unknown = coder.token_to_id("[UNK]")
+    nothing = [pad_id + 1 if unknown is None else unknown]
+    rows = []
     for start in range(0, len(texts), 4096):
-        for row, encoding in enumerate(coder.encode_batch(texts[start : start + 4096]), start):
-            tokens = encoding.ids[:max_len] or [pad_id + 1 if unknown is None else unknown]
-            ids[row, : len(tokens)] = tokens
+        for encoding in coder.encode_batch(texts[start : start + 4096]):
+            rows.append(np.array(encoding.ids or nothing, dtype=np.int32))
+    return rows
+
+
+def padded(rows: list[np.ndarray], max_len: int, pad_id: int) -> Int[Tensor, "n len"]:
+    """Ids cut at `max_len` and filled with `pad_id`."""
+    ids = np.full((len(rows), max_len), pad_id, dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row[:max_len]
     return torch.from_numpy(ids)
+
+
+def encode(coder: Tokenizer, texts: list[str], max_len: int, pad_id: int) -> Int[Tensor, "n len"]:
+    """Token ids of texts, cut at `max_len` and filled with `pad_id`."""
+    return padded(tokenised(coder, texts, pad_id), max_len, pad_id)
