@@ -120,3 +120,51 @@ def test_version_is_told(run: Run) -> None:
 def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x"), 3: (1, None)})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": "x", "3": [1, None]}
+
+
+class Answer:
+    """What a fit answers, without the work."""
+
+    def __init__(self, meets_budget: bool) -> None:
+        self.meets_budget = meets_budget
+
+    def summary(self) -> str:
+        return "winner swin-xs"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"winner": "swin-xs"}
+
+
+@pytest.mark.parametrize(("meets", "code"), [(True, 0), (False, 3)])
+def test_fit_hands_over_base_units_and_has_a_code_for_nothing_fits(
+    run: Run, monkeypatch: pytest.MonkeyPatch, meets: bool, code: int
+) -> None:
+    import gossamer.fit
+
+    asked = []
+    monkeypatch.setattr(gossamer.fit, "fit", lambda options: asked.append(options) or Answer(meets))
+    words = ("fit", "load.csv", "--budget", "latency=2s,params=1M", "--time", "1h30m", "--out", "r", "--seed", "7")
+    result = run(*words, "--horizon", "24", "--target", "OT", "--time-column", "when", "--json")
+    assert result.exit_code == code
+    assert json.loads(result.stdout) == {"winner": "swin-xs"}
+    (options,) = asked
+    assert options.data == "load.csv"
+    assert options.budget == {"latency": 2000.0, "params": 1e6}
+    assert options.seconds == 5400
+    assert (options.out, options.seed, options.quiet) == (Path("r"), 7, True)
+    assert options.options == {"horizon": 24, "target": "OT", "time": "when"}
+
+
+def test_predict_prints_classes_in_words_and_forecasts_as_csv(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import gossamer.fit
+
+    rows: list[dict[str, Any]] = [
+        {"input": "a.png", "class": "cat", "probability": 0.75, "top": {"cat": 0.75, "dog": 0.25}},
+        {"input": "b.csv", "forecast": [{"date": "1", "OT": 1.23456789}, {"date": "2", "OT": 2.0}]},
+    ]
+    monkeypatch.setattr(gossamer.fit, "predict", lambda folder, inputs: rows)
+    words = ("predict", str(tmp_path), "a.png", "b.csv")
+    assert run(*words).stdout == "a.png: cat 75.0% (dog 25.0%)\n# b.csv\ndate,OT\n1,1.23457\n2,2\n"
+    assert json.loads(run(*words, "--json").stdout) == rows

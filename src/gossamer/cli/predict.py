@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import Annotated
 
@@ -32,9 +34,19 @@ def command(
     if as_json:
         print_json(predictions)
         return
-    for name, prediction in zip(inputs, predictions, strict=True):
-        typer.echo(f"{name}: " + ", ".join(f"{key} {_short(value)}" for key, value in prediction.items()))
+    for row in predictions:
+        if "forecast" in row:
+            typer.echo(f"# {row['input']}\n{_csv(row['forecast'])}", nl=False)
+        else:
+            others = ", ".join(f"{name} {chance:.1%}" for name, chance in list(row["top"].items())[1:])
+            typer.echo(f"{row['input']}: {row['class']} {row['probability']:.1%}" + (f" ({others})" if others else ""))
 
 
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _csv(rows: list[dict[str, object]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+    )
+    return text.getvalue()
