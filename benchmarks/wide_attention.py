@@ -52,14 +52,15 @@ def listops_tree(rng: random.Random, depth: int = 0) -> tuple[list[int], int]:
 
 def listops_mini(count: int, seed: int, shortest: int = 32, longest: int = 64) -> Set:
     """`count` different lists of `shortest .. longest` symbols and their values."""
-    rng, found = random.Random(seed), {}
+    rng = random.Random(seed)
+    found: dict[tuple[int, ...], int] = {}
     while len(found) < count:
         symbols, value = listops_tree(rng)
         if shortest <= len(symbols) <= longest:
             found[tuple(symbols)] = value
     ids = torch.zeros(count, longest, dtype=torch.long)
-    for row, symbols in enumerate(found):
-        ids[row, : len(symbols)] = torch.tensor(symbols)
+    for row, known in enumerate(found):
+        ids[row, : len(known)] = torch.tensor(known)
     return ids, torch.tensor(list(found.values()))
 
 
@@ -126,7 +127,7 @@ def sweep(
     Raises:
         ValueError: a ratio that is none of the named variants.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for mixer in mixers:
         built = {}
         for ratio in ratios:
@@ -140,7 +141,7 @@ def sweep(
                 scores.append(accuracy(model, test))
             built[ratio] = model
             one = test[0][:1]
-            row = {
+            row: dict[str, Any] = {
                 "mixer": mixer,
                 "ratio": ratio,
                 "accuracy": statistics.mean(scores),

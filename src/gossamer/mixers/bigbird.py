@@ -9,6 +9,8 @@ Source: Zaheer et al. 2020, "Big Bird: Transformers for Longer Sequences" (the b
 - prunable: heads
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -24,6 +26,7 @@ class BigBird(SequenceMixer):
 
     Args:
         dim: channels.
+        grid: size of the token grid, if known: its blocks are drawn at once (export needs that), others when met.
         heads: attention heads.
         head_dim: channels of a head, `dim / heads` by default.
         block: tokens of a block.
@@ -43,6 +46,7 @@ class BigBird(SequenceMixer):
         self,
         dim: int,
         *,
+        grid: tuple[int, ...] | None = None,
         heads: int = 8,
         head_dim: int | None = None,
         block: int = 64,
@@ -59,6 +63,8 @@ class BigBird(SequenceMixer):
         # Which of the drawn heads these are: a pruned model keeps the blocks its heads were trained with.
         self.register_buffer("head_ids", torch.arange(heads))
         self._tables: dict[int, Tensor] = {}
+        if grid is not None:
+            self.table(-(-math.prod(grid) // block))
 
     def mix(
         self,
@@ -75,5 +81,6 @@ class BigBird(SequenceMixer):
         """The key blocks of each block, for all heads that were drawn: `(1, heads, blocks, 5 + random)`."""
         if blocks not in self._tables:
             generator = torch.Generator().manual_seed(self.seed)
-            self._tables[blocks] = bigbird_blocks(blocks, random=self.random, heads=self.drawn, generator=generator)
+            with torch.device("cpu"):  # a model may be built on the meta device, where nothing can be drawn
+                self._tables[blocks] = bigbird_blocks(blocks, random=self.random, heads=self.drawn, generator=generator)
         return self._tables[blocks]
