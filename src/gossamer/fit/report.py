@@ -167,7 +167,7 @@ def _inline(figure: Figure) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(figure.data).decode()}">'
 
 
-def _significant(value: float | None, digits: int = 3) -> str:
+def _significant(value: object, digits: int = 3) -> str:
     if not isinstance(value, int | float):
         return "–"
     if value and abs(value) >= 1000:
@@ -175,7 +175,7 @@ def _significant(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def _cost(value: float | None, kind: str) -> str:
+def _cost(value: object, kind: str) -> str:
     """A cost in its unit: `1.2 ms`, `0.3 M`."""
     if not isinstance(value, int | float):
         return "–"
