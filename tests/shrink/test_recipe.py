@@ -73,7 +73,7 @@ def test_a_step_that_does_not_fit_is_refused(step, message):
 
 
 def test_only_models_made_by_name_can_be_saved(tmp_path):
-    with pytest.raises(ValueError, match="no config"):
+    with pytest.raises(ValueError, match="not made by create_model"):
         gossamer.save(torch.nn.Linear(1, 1), tmp_path)
     with pytest.raises(ValueError, match="no model folder"):
         gossamer.load(tmp_path / "none")

@@ -127,11 +127,11 @@ class Workshop:
         if not tried:
             base.why = f"{base.why} int8 was not possible ({'; '.join(reasons)})".strip()
             return None
-        mode, words = "", ""
-        for _, mode, trial in sorted(tried):
-            if self._loss(base, trial) <= LOSS:
-                trial.replace(path)
-                break
+        words = ""
+        good = next(((mode, trial) for _, mode, trial in sorted(tried) if self._loss(base, trial) <= LOSS), None)
+        if good is not None:
+            mode, trial = good
+            trial.replace(path)
         else:
             _, mode, trial = min(tried)
             worst = list(sensitivity(source, feeds[:2], mode=mode))[:MOST_EXCLUDED]

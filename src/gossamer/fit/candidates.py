@@ -49,6 +49,7 @@ class Candidate:
         cost: of the exported float file: latency (ms), memory (None until exported), size (MB), params, macs.
         int8: cost of the int8 file where it was measured.
         step_s: seconds of one training step at `batch`, measured.
+        export_s: seconds of one export, measured.
         status: `ready`, `int8` (meets the budget only as int8), `left out`, `not measured`.
         why: the reason, in words.
     """
@@ -61,6 +62,7 @@ class Candidate:
     int8: dict[str, float | None] = field(default_factory=dict)
     interval: tuple[float, float] | None = None
     step_s: float = math.nan
+    export_s: float = 0.0
     batch: int = 0
     prior: float = 0.0
     status: str = "not measured"
@@ -82,7 +84,7 @@ class Candidate:
 
 def enumerate_candidates(data: Dataset) -> list[Candidate]:
     """Every built system that is for `data.task`, in its sizes for this input; not yet measured."""
-    found = []
+    found: list[Candidate] = []
     for entry in catalogue.systems():
         if entry.status == "planned" or data.task not in entry.tasks:
             continue
@@ -128,18 +130,18 @@ def measure_candidates(
         known = table.get(key)
         if known is None:
             try:
-                known = _measure(candidate, task, data, inputs, batch_size, int8=False)
+                known = _measure(candidate, task, data, inputs, batch_size)
             except Exception as error:  # one system that cannot be built or exported here must not end the fit
                 candidate.status, candidate.why = "left out", f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             table.put(key, known)
         candidate.cost, candidate.step_s, candidate.batch = dict(known["cost"]), known["step_s"], batch_size
-        candidate.interval = tuple(known["interval"])
+        candidate.interval, candidate.export_s = tuple(known["interval"]), known["export_s"]
         over = excess(candidate.cost, budget)
         if over <= 1:
             candidate.status = "ready"
         elif over <= INT8_REACH and not any(
-            candidate.cost[k] > v for k, v in budget.items() if k in ("params", "macs")
+            (candidate.cost[k] or 0) > v for k, v in budget.items() if k in ("params", "macs")
         ):
             if "int8" not in known:
                 known = {**known, "int8": _int8_cost(candidate, inputs)}
@@ -189,13 +191,15 @@ def _caller(path: Path, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
 
 
 def _measure(
-    candidate: Candidate, task: Task, data: Dataset, inputs: tuple[Tensor, ...], batch_size: int, *, int8: bool
+    candidate: Candidate, task: Task, data: Dataset, inputs: tuple[Tensor, ...], batch_size: int
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     model = candidate.build().eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
+        begun = time.perf_counter()
         export_quickly(model, inputs, path)
+        export_s = time.perf_counter() - begun
         median, interval = file_cost(path, inputs)
         size = path.stat().st_size / 1e6
     cost = {
@@ -205,7 +209,8 @@ def _measure(
         "params": parameters(model),
         "macs": macs(model, inputs).total,
     }
-    return {"cost": cost, "interval": interval, "step_s": _step_seconds(model, task, data, batch_size)}
+    step_s = _step_seconds(model, task, data, batch_size)
+    return {"cost": cost, "interval": interval, "step_s": step_s, "export_s": export_s}
 
 
 def export_quickly(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -12,8 +13,8 @@ from gossamer.io import read_json, write_json
 
 # Shares of the whole time at which a stage has to be over; what is left after the last is for shrinking,
 # exporting and reporting.
-MEASURED_BY, RACED_BY = 0.12, 0.42
-TAIL_SHARE, TAIL_LEAST_S = 0.12, 28.0
+MEASURED_BY, RACED_BY = 0.12, 0.40
+TAIL_SHARE, TAIL_MOST = 0.10, 0.4
 # A process older than this has been doing something else before.
 START_UP_S = 60.0
 
@@ -27,6 +28,7 @@ class Clock:
 
     def __init__(self, total: float, file: Path) -> None:
         self.total = total
+        self.tail_s = TAIL_SHARE * total
         self.interrupted = False
         self._file = file
         self._before = read_json(file)["seconds"] if file.exists() else 0.0
@@ -52,7 +54,7 @@ class Clock:
     @property
     def finished_by(self) -> float:
         """When training ends: the rest is needed for shrinking, exporting and the report."""
-        return self.total - min(max(TAIL_SHARE * self.total, TAIL_LEAST_S), 0.4 * self.total)
+        return self.total - min(self.tail_s, TAIL_MOST * self.total)
 
     def over(self, mark: float) -> bool:
         """Whether the time `mark` has come, or the user has had enough."""
@@ -67,10 +69,8 @@ class Clock:
 
     def __enter__(self) -> Clock:
         self._previous: Any = None
-        try:
+        with suppress(ValueError):  # not the main thread: Ctrl-C is then somebody else's to handle
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
-        except ValueError:
-            pass  # not the main thread: Ctrl-C is then somebody else's to handle
         return self
 
     def __exit__(

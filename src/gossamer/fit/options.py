@@ -88,6 +88,8 @@ class FitResult:
     def summary(self) -> str:
         """A few lines for a terminal."""
         r = self.results
+        if "joined" in r:
+            return f"worked on the study of {r['joined']}; its best so far: {r['best']}"
         winner = r["winner"]
         if winner is None:
             closest = r["closest"]

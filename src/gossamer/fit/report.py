@@ -129,7 +129,7 @@ def _curves(results: dict[str, Any]) -> Any:
     race, end = axes[0]
     names = list(dict.fromkeys(t["params"].get("candidate") for t in results["trials"]))
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    labelled = set()
+    labelled: set[str] = set()
     for trial in results["trials"]:
         points = [(p["seconds"], p["value"]) for p in trial.get("curve", []) if p["value"] is not None]
         if points:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,7 @@ class _Run:
         usable = [c for c in candidates if c.status in ("ready", "int8")]
         if not usable:
             return self._nothing(candidates)
+        self.clock.tail_s = tail_seconds(usable, self.task, self.data, self.clock.total)
         study = self._race(candidates)
         finalists = self._finish(study, candidates)
         if not finalists:
@@ -115,7 +119,7 @@ class _Run:
 
     def _race(self, candidates: list[Candidate]) -> optuna.Study:
         study = open_study(*_study(self.options, self.folder), self.task.maximise, self.options.seed)
-        unit = self.clock.total * (RACED_BY - 0.12) * UNIT_SHARE
+        unit = self.clock.total * (RACED_BY - MEASURED_BY) * UNIT_SHARE
         study.set_user_attr("unit_s", unit)
         race = Race(
             study,
@@ -303,6 +307,19 @@ class _Run:
         return FitResult(results, self.folder)
 
 
+def tail_seconds(candidates: list[Candidate], task: Task, data: Dataset, total: float) -> float:
+    """What shrinking, exporting and the report will take: several exports and passes over validation and test."""
+    items = min(256, len(data.val))
+    index = torch.arange(items)
+    begun = time.perf_counter()
+    task.batch(data.val, index, train=False)
+    batch_s = time.perf_counter() - begun
+    export_s = sorted(c.export_s for c in candidates)[len(candidates) // 2]
+    item_s = sorted((c.cost["latency"] or 0.0) / 1e3 for c in candidates)[len(candidates) // 2]
+    passes = (6 * len(data.val) + len(data.test)) * (item_s + batch_s / items)
+    return max(TAIL_SHARE * total, 12.0 + 5 * export_s + passes)
+
+
 def base_settings(data: Dataset, seed: int) -> Settings:
     """Settings all trials share: batch size by the amount of data, smoothing and augmentation by the task."""
     count = len(data.train)
@@ -353,27 +370,29 @@ def _join(options: FitOptions) -> FitResult:
     asked = FitOptions(**{k: run[k] for k in ("data", "task", "budget", "seconds", "seed", "storage", "options")})
     if (folder / "results.json").exists():
         return FitResult(read_json(folder / "results.json"), folder)
-    with Clock(asked.seconds, folder / f"clock-{_worker()}.json") as clock:
-        with Progress(clock, quiet=options.quiet) as progress:
-            assert asked.data is not None
-            data = read_dataset(asked.data, task=asked.task, seed=asked.seed, **asked.options)
-            task = create_task(data.task, data.spec, data.meta)
-            host = _Run(asked, folder, clock, progress, data, task)
-            candidates = host._candidates()
-            study = open_study(*_study(asked, folder), task.maximise, asked.seed)
-            unit = float(study.user_attrs.get("unit_s", asked.seconds * 0.02))
-            race = Race(
-                study,
-                candidates,
-                task,
-                data,
-                folder / "trials",
-                unit_s=unit,
-                base=host.base,
-                stop=lambda: clock.over(clock.raced_by) or _over(folder),
-                tell=progress.tell,
-            )
-            race.run()
+    with (
+        Clock(asked.seconds, folder / f"clock-{_worker()}.json") as clock,
+        Progress(clock, quiet=options.quiet) as progress,
+    ):
+        assert asked.data is not None
+        data = read_dataset(asked.data, task=asked.task, seed=asked.seed, **asked.options)
+        task = create_task(data.task, data.spec, data.meta)
+        host = _Run(asked, folder, clock, progress, data, task)
+        candidates = host._candidates()
+        study = open_study(*_study(asked, folder), task.maximise, asked.seed)
+        unit = float(study.user_attrs.get("unit_s", asked.seconds * 0.02))
+        race = Race(
+            study,
+            candidates,
+            task,
+            data,
+            folder / "trials",
+            unit_s=unit,
+            base=host.base,
+            stop=lambda: clock.over(clock.raced_by) or _over(folder),
+            tell=progress.tell,
+        )
+        race.run()
     best = ranking(study, task.maximise)
     note = f"{best[0].params['candidate']} {task.metric} {best[0].user_attrs['value']:.4f}" if best else "none"
     return FitResult({"joined": str(folder), "best": note, "meets_budget": True, "winner": None}, folder)
@@ -385,9 +404,6 @@ def _over(folder: Path) -> bool:
 
 
 def _worker() -> str:
-    import os
-    import socket
-
     return f"{socket.gethostname()}-{os.getpid()}"
 
 

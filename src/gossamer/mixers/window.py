@@ -104,7 +104,7 @@ class WindowAttention(HeadMixer):
             q, k, v = (t.unflatten(0, (-1, count)).flatten(1, 2) for t in (q, k, v))
             y = attention(q, k, v, bias=bias.flatten(0, 1)[None])
             return y.unflatten(1, (count, self.heads)).transpose(2, 3).reshape(-1, n, self.heads * self.head_dim)
-        bias = bias.expand(len(q) // count, *bias.shape).flatten(0, 1)
+        bias = bias.expand(q.shape[0] // count, *bias.shape).flatten(0, 1)
         return join_heads(attention(q, k, v, bias=bias))
 
     def keep(self, axis: str, index: Int[Tensor, " k"]) -> None:

@@ -10,19 +10,17 @@ from pathlib import Path
 from torch import nn
 
 from gossamer.io import save_weights, write_json
+from gossamer.models.registry import config_of
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Writes `model`, made by `create_model` and perhaps shrunk, to `folder`.
 
     Raises:
-        ValueError: the model has no `config`, so it could not be built again.
+        ValueError: the model was not made by `create_model`, so it could not be built again.
     """
-    config = getattr(model, "config", None)
-    if config is None:
-        raise ValueError("model has no config; only models made by create_model (or load) can be saved as a folder")
     folder = Path(folder)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config_of(model))
     write_json(folder / "recipe.json", getattr(model, "recipe", []))
     save_weights(model.state_dict(), folder / "model.safetensors")
     return folder

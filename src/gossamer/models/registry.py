@@ -101,8 +101,20 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     model = entry.build(**settings)
-    model.config = {"name": name, **overrides}
+    model.config = {"name": name, **overrides}  # type: ignore[assignment]
     return model
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """Name and overrides of a model that `create_model` made.
+
+    Raises:
+        ValueError: it was made otherwise.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, dict) or "name" not in config:
+        raise ValueError(f"{type(model).__name__} was not made by create_model: it has no config")
+    return config
 
 
 def list_models(*, task: str | None = None) -> list[str]:
@@ -134,7 +146,8 @@ def load_official(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor
     Raises:
         ValueError: keys are missing or left over, or shapes differ; the message lists them.
     """
-    entry = system(catalogue.find(model.config["name"]).slug)
+    name = config_of(model)["name"]
+    entry = system(catalogue.find(name).slug)
     raw = dict(checkpoint) if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     state = rename(raw, entry.rules)
     if entry.convert is not None:
@@ -152,7 +165,7 @@ def load_official(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor
             for what, keys in (("missing", missing), ("left over", extra), ("of another shape", shapes))
             if keys
         ]
-        raise ValueError(f"checkpoint does not fit {model.config['name']}: " + "; ".join(report))
+        raise ValueError(f"checkpoint does not fit {name}: " + "; ".join(report))
     model.load_state_dict(state)
     return model
 

@@ -54,7 +54,7 @@ def apply(model: nn.Module, step: dict[str, Any]) -> nn.Module:
     if step.get("step") not in _STEPS:
         raise ValueError(f"step must be one of {sorted(_STEPS)}, got {step.get('step')!r}")
     _STEPS[step["step"]](model, step)
-    model.recipe = [*getattr(model, "recipe", []), step]
+    setattr(model, "recipe", [*getattr(model, "recipe", []), step])  # noqa: B010 (a plain attribute of a module)
     return model
 
 
@@ -76,7 +76,8 @@ def _prune(model: nn.Module, step: dict[str, Any]) -> None:
     part.keep(step["axis"], index)
 
 
-_STEPS: dict[str, Callable[[nn.Module, dict[str, Any]], None]] = {
-    "prune": _prune,
-    "fold_batch_norm": lambda model, _: fold_batch_norm(model) and None,
-}
+def _fold(model: nn.Module, step: dict[str, Any]) -> None:
+    fold_batch_norm(model)
+
+
+_STEPS: dict[str, Callable[[nn.Module, dict[str, Any]], None]] = {"prune": _prune, "fold_batch_norm": _fold}

@@ -116,6 +116,7 @@ def train_model(
         trainer.save(checkpoint, best=best, spent=spent + time.perf_counter() - began, since=since)
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    goal = 0
     with Progress(*columns, disable=quiet or not main) as bar:
         row = bar.add_task(name, total=total, completed=trainer.steps, note="")
 
@@ -131,12 +132,13 @@ def train_model(
         def out_of_time() -> bool:
             return seconds is not None and spent + time.perf_counter() - began > seconds
 
+        def epoch_over() -> bool:
+            return trainer.steps >= goal or out_of_time()
+
         # A step short of an epoch's end means the run stopped inside it: the epoch is finished first.
         while trainer.steps < total and not out_of_time():
             goal = (trainer.epoch + 1) * trainer.steps_per_epoch
-            trainer.train(
-                steps=total, schedule=schedule, on_step=on_step, stop=lambda g=goal: trainer.steps >= g or out_of_time()
-            )
+            trainer.train(steps=total, schedule=schedule, on_step=on_step, stop=epoch_over)
             metrics = trainer.evaluate(data.val)
             log(step=trainer.steps, epoch=trainer.epoch, val=_numbers(metrics))
             value = metrics[job.metric]

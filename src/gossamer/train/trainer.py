@@ -155,13 +155,13 @@ class Trainer:
 
     def _loss(self, output: Tensor | tuple[Tensor, ...], inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         answers = output if isinstance(output, tuple) else (output,)
-        loss = sum(self.task.loss(a.float(), target, smoothing=self.settings.smoothing) for a in answers) / len(answers)
+        loss = torch.stack([self.task.loss(a.float(), target, self.settings.smoothing) for a in answers]).mean()
         if self.teacher is None:
             return loss
         with torch.no_grad():
             taught = self.teacher(*inputs).float()
         classes = self.task.name.endswith("classification")
-        taught_loss = sum(distillation_loss(a.float(), taught, classes=classes) for a in answers) / len(answers)
+        taught_loss = torch.stack([distillation_loss(a.float(), taught, classes=classes) for a in answers]).mean()
         return (1 - SHARE) * loss + SHARE * taught_loss
 
     def _turn(self) -> str:
