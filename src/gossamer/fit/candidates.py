@@ -258,8 +258,17 @@ def _step_seconds(model: nn.Module, task: Task, data: Dataset, batch_size: int) 
 
 
 def _cheap_first(candidates: list[Candidate]) -> list[Candidate]:
-    """Small sizes of every family before large ones, so that a short time sees every family."""
-    return sorted(candidates, key=lambda c: SIZES.index(c.name.rsplit("-", 1)[1]) if "-" in c.name else 0)
+    """Small sizes of every family before large ones, so that a short time sees every family; then fewest weights."""
+
+    def weights(candidate: Candidate) -> float:
+        try:
+            with torch.device("meta"):
+                return parameters(candidate.build())
+        except Exception:  # told when it is measured
+            return math.inf
+
+    sizes = {c.name: SIZES.index(c.name.rpartition("-")[2]) for c in candidates}
+    return sorted(candidates, key=lambda c: (sizes[c.name], weights(c)))
 
 
 def _key(candidate: Candidate, inputs: tuple[Tensor, ...], batch_size: int) -> str:

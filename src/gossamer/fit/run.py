@@ -104,14 +104,20 @@ class _Run:
         train_s = self.clock.finished_by - self.clock.raced_by
         begun = self.clock.used
         mark = max(self.clock.measured_by, begun + 0.08 * self.clock.total)
+        listed = enumerate_candidates(self.data)
+
+        def stop() -> bool:
+            fits = any(c.status in ("ready", "int8") for c in listed)
+            return self.clock.over(mark if fits else self.clock.raced_by)
+
         found = measure_candidates(
-            enumerate_candidates(self.data),
+            listed,
             self.task,
             self.data,
             self.options.budget,
             train_s=train_s,
             batch_size=self.base.batch_size,
-            stop=lambda: self.clock.over(mark),
+            stop=stop,
             tell=self.progress.tell,
         )
         write_json(file, [c.to_dict() for c in found])
