@@ -3,11 +3,13 @@
 Source: Wu et al. 2021, "Autoformer: Decomposition Transformers with Auto-Correlation", sections 3.1 and 3.2.
 
 - at its ends a series is continued by its first and last value
-- delays are scored by the mean over channels of the circular correlation; the mean is taken among frequencies, so
-  one inverse transform serves all channels
+- delays are scored by the mean over channels of the circular correlation: sums along the wrapped diagonals of `q k^T`
+  for short series; for long ones the mean is taken among frequencies, so one inverse transform serves all channels
 - aggregation is one circulant matrix product for short series and one FFT for long ones, whatever the number of
-  delays
+  delays; the moving average is one banded product or a pooling
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,18 @@ from torch import Tensor
 
 from gossamer.ops.spectral import circular_correlation
 
-# up to this many steps a circulant matrix product beats the FFT (measured on a CPU, benchmarks/ops.py)
+# up to this many steps a matrix product beats the FFT, and a moving average by pooling (measured on a CPU)
 MATRIX_STEPS = 192
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def _as_given(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast off: sums over all steps keep the precision of what they are given."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def decompose(x: Float[Tensor, "b n c"], k: int) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
@@ -30,8 +42,24 @@ def decompose(x: Float[Tensor, "b n c"], k: int) -> tuple[Float[Tensor, "b n c"]
         ValueError: `k` is even or below 1.
     """
     _odd(k)
-    trend = F.avg_pool1d(F.pad(x.mT, ((k - 1) // 2,) * 2, mode="replicate"), k, stride=1).mT
+    if not _exporting() and x.shape[1] <= MATRIX_STEPS:
+        counts = _band(x.shape[1], k, x)
+        with _as_given(x):
+            seasonal = torch.baddbmm(x, counts.expand(x.shape[0], -1, -1), x, alpha=-1 / k)
+        return seasonal, x - seasonal
+    wide = F.pad(x.transpose(1, 2), ((k - 1) // 2,) * 2, mode="replicate")
+    trend = F.avg_pool1d(wide, k, stride=1).transpose(1, 2)
     return x - trend, trend
+
+
+def _band(n: int, k: int, like: Tensor) -> Tensor:
+    """How often step s is read by the window around step t, of a series continued by its ends: (t, s)."""
+    reach = (k - 1) // 2
+    t = torch.arange(n, device=like.device)
+    counts = ((t - t[:, None]).abs() <= reach).to(like.dtype)
+    counts[:, 0] += (reach - t).clamp(min=0)
+    counts[:, -1] += (t + reach + 1 - n).clamp(min=0)
+    return counts
 
 
 def decompose_reference(x: Float[Tensor, "b n c"], k: int) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
@@ -51,10 +79,22 @@ def _odd(k: int) -> None:
 def delay_scores(q: Float[Tensor, "b n c"], k: Float[Tensor, "b n c"]) -> Float[Tensor, "b n"]:
     """`R(tau) = mean over channels of sum_t q_t k_(t - tau mod n)`: how well `k`, delayed by tau, fits `q`."""
     n = q.shape[1]
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or q.dtype not in (torch.float32, torch.float64):
+    if _exporting() or n <= MATRIX_STEPS:
+        with _as_given(q):
+            return _diagonals(q @ k.transpose(1, 2)) / q.shape[2]
+    if q.dtype not in (torch.float32, torch.float64):
         return circular_correlation(q, k).mean(-1)
     product = torch.fft.rfft(q, dim=1) * torch.fft.rfft(k, dim=1).conj()
     return torch.fft.irfft(product.mean(-1), n=n, dim=1)
+
+
+def _diagonals(g: Tensor) -> Tensor:
+    """`sum_t g_(t, t - tau mod n)` for each tau."""
+    n = g.shape[1]
+    # rows twice as long, read one entry longer than they are: row t then starts at its own diagonal
+    skewed = F.pad(torch.cat((g, g), 2).flatten(1), (0, n)).unflatten(1, (n, 2 * n + 1))
+    ahead = skewed[:, :, :n].sum(1)
+    return torch.cat((ahead[:, :1], ahead[:, 1:].flip(1)), 1)
 
 
 def delay_scores_reference(q: Float[Tensor, "b n c"], k: Float[Tensor, "b n c"]) -> Float[Tensor, "b n"]:
@@ -90,8 +130,7 @@ def aggregate_delays(
     delays, weights = _delays(scores, k, shared)
     n = v.shape[1]
     kernel = torch.zeros_like(scores).scatter(1, delays, weights).to(v.dtype)
-    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-    if exporting or n <= MATRIX_STEPS:
+    if _exporting() or n <= MATRIX_STEPS:
         t = torch.arange(n, device=v.device)
         ahead = t - t[:, None]
         return kernel[:, torch.where(ahead < 0, ahead + n, ahead)] @ v
