@@ -25,7 +25,7 @@ from gossamer import __version__
 from gossamer.data import Dataset, read_dataset
 from gossamer.fit.artefacts import Point, Workshop, choose
 from gossamer.fit.candidates import Candidate, enumerate_candidates, measure_candidates
-from gossamer.fit.clock import RACED_BY, Clock
+from gossamer.fit.clock import MEASURED_BY, RACED_BY, TAIL_SHARE, Clock
 from gossamer.fit.finish import Finalist, finish
 from gossamer.fit.options import FitOptions, FitResult, excess
 from gossamer.fit.progress import Progress
