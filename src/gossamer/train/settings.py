@@ -3,7 +3,8 @@
 - `stable`: constant after the warm-up, so that a run can stop or go on at any time
 - `linear`: falls to zero; after `stable` it is the decay of a warm-up/stable/decay run (Hu et al. 2024, "MiniCPM")
 - `cosine`: half a cosine to zero (Loshchilov and Hutter 2017)
-- `halve`: halves at every epoch after the first (the forecasting papers' "type1")
+- `halve`: two epochs at the full rate, then half of it at each epoch (the forecasting papers' "type1", as their code
+  runs it: the first adjustment multiplies by 1)
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def schedule_factor(schedule: Schedule, progress: float, epoch: int) -> float:
     if schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
     if schedule == "halve":
-        return 0.5**epoch
+        return 0.5 ** max(0, epoch - 1)
     raise ValueError(f"schedule must be stable, linear, cosine or halve, got {schedule!r}")
 
 
