@@ -161,7 +161,7 @@ def text_and_label(table: Table, text: str | int | None, label: str | int | None
             found = [c for c in columns if c.name != label and c.name.lower() in TEXT_NAMES]
         if len(found) != 1:
             what = "no column of texts" if not found else "several columns of texts"
-            raise DataError(f"{table.path}: {what}; say which with text=COLUMN; {seen}")
+            raise DataError(f"{table.path}: {what}; say which with text=COLUMN (--text-column); {seen}")
         text = found[0].name
     if label is None:
         found = [c for c in pick(columns, ("label",), LABEL_NAMES) if c.name != text]
@@ -169,7 +169,7 @@ def text_and_label(table: Table, text: str | int | None, label: str | int | None
             found = [c for c in columns if c.name != text and c.name.lower() in LABEL_NAMES[:5]]
         if len(found) != 1:
             what = "no column of labels" if not found else "several columns could be the label"
-            raise DataError(f"{table.path}: {what}; say which with label=COLUMN; {seen}")
+            raise DataError(f"{table.path}: {what}; say which with label=COLUMN (--label-column); {seen}")
         label = found[0].name
     if text == label:
         raise DataError(f"{table.path}: text and label are both column {text!r}")

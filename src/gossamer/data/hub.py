@@ -76,7 +76,8 @@ def images_of(
         possible = list(named) or [key for key in part.column_names if key.lower() in ("label", "class", "target")]
         if len(possible) != 1:
             raise DataError(
-                f"{name}: say the label column with label=COLUMN; columns are {', '.join(part.column_names)}"
+                f"{name}: say the label column with label=COLUMN (--label-column); columns are "
+                f"{', '.join(part.column_names)}"
             )
         label = possible[0]
     if label not in part.column_names:

@@ -245,7 +245,8 @@ def seen_task(table: Table, options: dict[str, Any]) -> str:
         )
     raise DataError(
         f"{table.path}: neither a text and a label column nor a time and a numeric column; say --task "
-        f"text-classification (with text=COLUMN, label=COLUMN) or forecasting (with time=COLUMN); seen: {seen}"
+        "text-classification (with text=COLUMN and label=COLUMN, --text-column and --label-column) or forecasting "
+        f"(with time=COLUMN, --time-column); seen: {seen}"
     )
 
 

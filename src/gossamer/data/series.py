@@ -157,7 +157,8 @@ def time_column(table: Table) -> str:
     if len(named) == 1:
         return named[0]
     what = "several columns of times" if found else "no column of times"
-    raise DataError(f"{table.path}: {what}; say which with time=COLUMN; seen: {listing([str(c) for c in columns], 12)}")
+    seen = listing([str(c) for c in columns], 12)
+    raise DataError(f"{table.path}: {what}; say which with time=COLUMN (--time-column); seen: {seen}")
 
 
 def value_columns(table: Table, time: str) -> tuple[list[str], list[str]]:

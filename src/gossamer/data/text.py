@@ -127,7 +127,7 @@ def check_labels(
     if len(classes) > max(20, rows // 2):
         raise DataError(
             f"{path}: column {column!r} has {len(classes)} different values in {rows} rows, too many to be classes; "
-            "say which column is the label with label=COLUMN"
+            "say which column is the label with label=COLUMN (--label-column)"
         )
     known = set(classes)
     for name in labels:

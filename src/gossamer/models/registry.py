@@ -95,6 +95,8 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         ValueError: no such name, or an override the builder does not take.
     """
     entry = system(catalogue.find(name).slug)
+    if name != entry.slug and name not in entry.variants:
+        raise ValueError(f"{name} is published but not built; {entry.slug} has {', '.join(entry.variants)}")
     settings = {**entry.variants.get(name, {}), **{k: _tuples(v) for k, v in overrides.items()}}
     known = inspect.signature(entry.build).parameters
     unknown = sorted(set(settings) - set(known))

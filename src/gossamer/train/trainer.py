@@ -32,8 +32,8 @@ TRIED, UNTIMED = 14, 4
 WORTH = 0.95
 
 
-class Diverged(RuntimeError):
-    """The loss is no longer a number."""
+class Diverged(ValueError):
+    """The loss is no longer a number: the learning rate is too high for this model and data."""
 
 
 class Trainer:
