@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gossamer.layers.norms import BatchNorm
+from gossamer.ops.depthwise import depthwise_conv
 
 
 def Conv(
@@ -26,9 +27,7 @@ def Conv(
 ) -> nn.Module:
     """A convolution over `axes` grid axes, padded by `kernel // 2` unless said otherwise."""
     base = (_Conv1d, _Conv2d, _Conv3d)[axes - 1]
-    return base(
-        dim, out, kernel, stride, kernel // 2 if padding is None else padding, groups=groups, bias=bias
-    )
+    return base(dim, out, kernel, stride, kernel // 2 if padding is None else padding, groups=groups, bias=bias)
 
 
 class _Conv1d(nn.Conv1d):
@@ -38,7 +37,15 @@ class _Conv1d(nn.Conv1d):
 
 class _Conv2d(nn.Conv2d):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b i j o"]:
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+        image = x.movedim(-1, 1)
+        if self.groups == self.in_channels == self.out_channels and self._same():
+            return depthwise_conv(image, self.weight, self.bias).movedim(1, -1)
+        return super().forward(image).movedim(1, -1)
+
+    def _same(self) -> bool:
+        kernel = self.kernel_size
+        odd = kernel[0] % 2 == 1 and kernel[1] % 2 == 1 and self.padding == (kernel[0] // 2, kernel[1] // 2)
+        return odd and self.stride == (1, 1) and self.dilation == (1, 1) and self.padding_mode == "zeros"
 
 
 class _Conv3d(nn.Conv3d):

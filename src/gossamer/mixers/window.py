@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gossamer.mixers.base import register_mixer
@@ -79,7 +79,7 @@ class WindowAttention(HeadMixer):
         q, k, v = self.project(w)
         bias = self.relative_bias()
         if any(offset):
-            y = self._attend_regions(q, k, v, bias, g.shift_mask(full, size, offset).to(x.device))
+            y = self._attend_regions(q, k, v, bias, g.shift_penalty(full, size, offset, REGION_PENALTY).to(bias))
         else:
             y = join_heads(attention(q, k, v, bias=bias))
         return g.crop(g.shift(g.unwindows(self.proj(y), size, full), offset), shape)
@@ -95,10 +95,10 @@ class WindowAttention(HeadMixer):
         )
 
     def _attend_regions(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, together: Bool[Tensor, "w n n"]
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, penalty: Float[Tensor, "w n n"]
     ) -> Float[Tensor, "bw n c"]:
-        count, n = together.shape[:2]
-        bias = bias + (~together)[:, None].to(bias.dtype) * REGION_PENALTY
+        count, n = penalty.shape[:2]
+        bias = bias + penalty[:, None]
         if bias.requires_grad:
             # Written-out attention copies q, k and v anyway. With windows among the heads the bias broadcasts.
             q, k, v = (t.unflatten(0, (-1, count)).flatten(1, 2) for t in (q, k, v))

@@ -5,6 +5,7 @@
 - `patterns`: which key a query may see: dense masks, FlexAttention block masks and gathered forms
 - `tokens`: score, select, merge, pack and restore tokens
 - `online_softmax`: partial attention states with an associative merge
+- `depthwise`: depth-wise convolution with a fast weight gradient on CPU
 - `linear_attention`: kernelised attention in either order of multiplication, causal or not
 - `recurrence`: diagonal linear recurrences by a blocked scan
 - `spectral`: circular correlation, long convolution and Toeplitz products by FFT

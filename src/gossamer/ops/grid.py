@@ -79,6 +79,13 @@ def shift_mask(grid: Sequence[int], size: Sequence[int], offset: Sequence[int]) 
     return torch.from_numpy(_shift_mask(tuple(grid), tuple(size), tuple(offset)))
 
 
+def shift_penalty(
+    grid: Sequence[int], size: Sequence[int], offset: Sequence[int], penalty: float
+) -> Float[Tensor, "w n n"]:
+    """The same as a term of the logits: 0 inside a region, `penalty` between regions. Not to be written to."""
+    return torch.from_numpy(_shift_penalty(tuple(grid), tuple(size), tuple(offset), penalty))
+
+
 def relative_index(size: Sequence[int]) -> Int[Tensor, "n n"]:
     """Row of a relative bias table for each pair of a window's tokens.
 
@@ -137,6 +144,11 @@ def _shift_mask(grid: tuple[int, ...], size: tuple[int, ...], offset: tuple[int,
     axes = len(grid)
     regions = split.transpose(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)).reshape(prod(counts), prod(size))
     return regions[:, :, None] == regions[:, None, :]
+
+
+@lru_cache(maxsize=64)
+def _shift_penalty(grid: tuple[int, ...], size: tuple[int, ...], offset: tuple[int, ...], penalty: float) -> np.ndarray:
+    return np.where(_shift_mask(grid, size, offset), np.float32(0), np.float32(penalty))
 
 
 def _offsets(size: Sequence[int]) -> np.ndarray:

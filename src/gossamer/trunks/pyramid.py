@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gossamer.trunks.blocking import by_parts
+
 
 class Pyramid(nn.Module):
     """Stem, then stages of blocks joined by merging.
@@ -33,9 +35,7 @@ class Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         if len(merges) != len(stages) - 1:
-            raise ValueError(
-                f"merges must be one fewer than stages; got {len(merges)} for {len(stages)} stages"
-            )
+            raise ValueError(f"merges must be one fewer than stages; got {len(merges)} for {len(stages)} stages")
         self.stem = stem
         self.stages = nn.ModuleList(nn.Sequential(*blocks) for blocks in stages)
         self.merges = nn.ModuleList(merges)
@@ -44,10 +44,10 @@ class Pyramid(nn.Module):
         self.out_norms = nn.ModuleList(out_norms) if out_norms is not None else None
 
     def _maps(self, image: Tensor) -> list[Tensor]:
-        x = self.stages[0](self.stem(image))
+        x = by_parts(self.stages[0], self.stem(image))
         maps = [x]
         for merge, stage in zip(self.merges, self.stages[1:], strict=True):
-            x = stage(merge(x))
+            x = by_parts(stage, merge(x))
             maps.append(x)
         return maps
 

@@ -1,0 +1,279 @@
+"""Side by side with timm or the authors' code: time of a forward pass and of a training step, eager, fp32.
+
+Run from the repository root: `python benchmarks/speed.py [NAME …]`. It needs the `bench` extra (timm); systems that
+only exist as the authors' repository are measured where `--official DIR` says they are checked out (one folder a
+repository, `OWNER+NAME`). Writes `benchmarks/results/speed.json`: for each model, batch and kind of run, the medians
+and the ratio ours / theirs, and the geometric mean of all ratios, with device, threads and versions.
+
+- both run in one process on the same input, in turn, in an order drawn anew for each round
+- a training step is forward, loss, backward and one step of plain SGD
+- the same architecture on both sides: parameter counts must be equal, or the model is refused
+"""
+
+import argparse
+import gc
+import importlib.machinery
+import json
+import math
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.io.files import write_json
+from gossamer.measure import device_info, latency
+from gossamer.models import create_model
+
+Inputs = Callable[[int], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison.
+
+    Args:
+        ours: builds our model.
+        theirs: builds the reference from the folder of official repositories (None where not given).
+        inputs: batch size to the inputs of both.
+        official: the repository that `theirs` needs, None where timm has it.
+        theirs_inputs: inputs of the reference where they differ from ours.
+    """
+
+    ours: Callable[[], nn.Module]
+    theirs: Callable[[Path | None], nn.Module]
+    inputs: Inputs
+    official: str | None = None
+    theirs_inputs: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
+
+
+def images(side: int = 224) -> Inputs:
+    return lambda batch: (torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0)),)
+
+
+def with_timm(ours: str, name: str, side: int = 224, **settings: Any) -> Pair:
+    return Pair(partial(create_model, ours), lambda _: _timm().create_model(name, **settings), images(side))
+
+
+def cct(official: Path | None) -> nn.Module:
+    module = _module(official, "SHI-Labs+Compact-Transformers", "src.cct")
+    return module.cct_14_7x2_224(pretrained=False, progress=False)
+
+
+PAIRS: dict[str, Pair] = {
+    "deit_tiny_patch16_224": with_timm("deit_tiny_patch16_224", "deit_tiny_patch16_224"),
+    "deit_small_patch16_224": with_timm("deit_small_patch16_224", "deit_small_patch16_224"),
+    "swin_t": with_timm("swin_t", "swin_tiny_patch4_window7_224"),
+    "convnext_t": with_timm("convnext_t", "convnext_tiny"),
+    "convnext_iso_s": Pair(
+        partial(create_model, "convnext_iso_s"),
+        lambda d: _module(d, "facebookresearch+ConvNeXt", "models.convnext_isotropic").convnext_isotropic_small(),
+        images(),
+        official="facebookresearch+ConvNeXt",
+    ),
+    "poolformer_s12": with_timm("poolformer_s12", "poolformer_s12"),
+    "metaformer_ppaa_s12": Pair(
+        partial(create_model, "metaformer_ppaa_s12"),
+        lambda d: _module(d, "sail-sg+poolformer", "models.metaformer").metaformer_ppaa_s12_224(),
+        images(),
+        official="sail-sg+poolformer",
+    ),
+    "efficientformer_l1": with_timm("efficientformer_l1", "efficientformer_l1"),
+    "cct_14_7x2_224": Pair(
+        partial(create_model, "cct_14_7x2_224"), cct, images(), official="SHI-Labs+Compact-Transformers"
+    ),
+}
+
+
+def _timm() -> Any:
+    """timm, with a stand-in for torchvision where that is absent or broken (timm's models do not use it)."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception:
+        for name in list(sys.modules):
+            if name.partition(".")[0] == "torchvision":
+                del sys.modules[name]
+        if not any(isinstance(finder, _StandIn) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _StandIn())
+    import timm
+
+    return timm
+
+
+class _StandIn:
+    """Finds any module of torchvision as an empty one whose every name is a class that does nothing."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.partition(".")[0] != "torchvision":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        module = types.ModuleType(spec.name)
+
+        def absent(attribute: str) -> Any:
+            if attribute.startswith("__"):
+                raise AttributeError(attribute)
+            return _Nothing
+
+        module.__getattr__ = absent  # type: ignore[method-assign]
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class _AnyName(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls()
+
+
+class _Nothing(metaclass=_AnyName):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Nothing()
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        return _Nothing()
+
+
+def _module(official: Path | None, repository: str, name: str) -> Any:
+    """A module of a checked-out repository; repositories share package names, so each is imported afresh."""
+    assert official is not None
+    _timm()
+    import timm.layers
+
+    # Repositories of 2021 import timm's layers from where they were then.
+    for old, new in (("timm.models.layers", timm.layers), ("timm.models.layers.helpers", timm.layers.helpers)):
+        sys.modules[old] = new
+    top = name.partition(".")[0]
+    for loaded in list(sys.modules):
+        if loaded == top or loaded.startswith(f"{top}."):
+            del sys.modules[loaded]
+    package = types.ModuleType(top)
+    package.__path__ = [str(official / repository / top)]
+    sys.modules[top] = package
+    return importlib.import_module(name)
+
+
+def forms(model: nn.Module, inputs: tuple[Tensor, ...], kind: str) -> Callable[[], object]:
+    """One forward pass in eval mode, or one training step."""
+    if kind == "forward":
+        model.eval()
+
+        def forward() -> object:
+            with torch.no_grad():
+                return model(*inputs)
+
+        return forward
+    model.train()
+    optimiser = torch.optim.SGD(model.parameters(), 1e-6)
+
+    def step() -> object:
+        optimiser.zero_grad(set_to_none=True)
+        output = model(*inputs)
+        outputs = output if isinstance(output, tuple | list) else [output]
+        loss = sum(y.float().logsumexp(-1).mean() for y in outputs)
+        loss.backward()
+        optimiser.step()
+        return loss
+
+    return step
+
+
+def compare(name: str, official: Path | None, batches: list[int], kinds: list[str], budget: float) -> list[dict]:
+    pair = PAIRS[name]
+    ours, theirs = pair.ours(), pair.theirs(official)
+    counts = [sum(p.numel() for p in m.parameters()) for m in (ours, theirs)]
+    if counts[0] != counts[1]:
+        raise SystemExit(f"{name}: ours has {counts[0]} parameters, the reference {counts[1]}; not the same model")
+    rows = []
+    for kind in kinds:
+        for batch in batches:
+            x = pair.inputs(batch)
+            other = pair.theirs_inputs(x) if pair.theirs_inputs else x
+            both = {"ours": forms(ours, x, kind), "theirs": forms(theirs, other, kind)}
+            found = latency(both, budget_s=budget, min_runs=7)
+            mine, yours = found["ours"], found["theirs"]
+            ratio = mine.median_ms / yours.median_ms
+            print(
+                f"{name:24} {kind:8} batch {batch:3}  ours {mine.median_ms:9.2f} ms  theirs {yours.median_ms:9.2f} ms"
+                f"  ratio {ratio:.3f}",
+                flush=True,
+            )
+            rows.append(
+                {
+                    "model": name,
+                    "reference": pair.official or "timm",
+                    "kind": kind,
+                    "batch": batch,
+                    "ours": mine.to_dict(),
+                    "theirs": yours.to_dict(),
+                    "ratio": ratio,
+                }
+            )
+            gc.collect()
+    return rows
+
+
+def geometric_mean(ratios: list[float]) -> float:
+    return math.exp(sum(math.log(r) for r in ratios) / len(ratios))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(PAIRS)}; all by default")
+    parser.add_argument("--official", type=Path, help="folder with the authors' repositories, OWNER+NAME each")
+    parser.add_argument("--threads", type=int, help="PyTorch threads; all cores by default")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each comparison")
+    parser.add_argument("--batch", type=int, action="append", help="batch sizes, 1 and 16 by default")
+    parser.add_argument("--kind", choices=("forward", "training"), action="append", help="both by default")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
+    given = parser.parse_args()
+    unknown = sorted(set(given.names) - set(PAIRS))
+    if unknown:
+        parser.error(f"no comparison is called {', '.join(unknown)}; there are {', '.join(PAIRS)}")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    rows, left_out = [], {}
+    for name in given.names or PAIRS:
+        needed = PAIRS[name].official
+        if needed and not (given.official and (given.official / needed).is_dir()):
+            left_out[name] = f"{needed} is not under --official"
+            continue
+        torch.manual_seed(0)
+        rows += compare(
+            name, given.official, given.batch or [1, 16], given.kind or ["forward", "training"], given.budget
+        )
+    if not rows:
+        raise SystemExit("nothing was measured: " + json.dumps(left_out))
+    means = {
+        "all": geometric_mean([row["ratio"] for row in rows]),
+        "by_model": {
+            name: geometric_mean([row["ratio"] for row in rows if row["model"] == name])
+            for name in dict.fromkeys(row["model"] for row in rows)
+        },
+    }
+    try:
+        reference = version("timm")
+    except PackageNotFoundError:
+        reference = None
+    device = {**device_info(), "timm": reference}
+    write_json(given.out, {"device": device, "geometric_mean": means, "left_out": left_out, "rows": rows})
+    print(f"geometric mean of ours / theirs: {means['all']:.3f} over {len(rows)} comparisons; written to {given.out}")
+
+
+if __name__ == "__main__":
+    main()
