@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gossamer.layers.linear import linear
 from gossamer.layers.prune import check_axis, slice_linear, slice_norm
 
 
@@ -46,13 +47,10 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop) if drop else None
 
     def forward(self, x: Float[Tensor, "b *grid c"]) -> Float[Tensor, "b *grid c"]:
-        x = self.fc1(x)
-        if self.norm1 is not None:
-            x = self.norm1(x)
-        x = self.act(x)
+        x = linear(self.fc1, x, self.act) if self.norm1 is None else self.act(self.norm1(self.fc1(x)))
         if self.drop is not None:
             x = self.drop(x)
-        x = self.fc2(x)
+        x = linear(self.fc2, x)
         if self.norm2 is not None:
             x = self.norm2(x)
         return x if self.drop is None else self.drop(x)

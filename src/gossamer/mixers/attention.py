@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from gossamer.layers.linear import linear
 from gossamer.mixers.base import register_mixer
 from gossamer.mixers.heads import HeadMixer
 from gossamer.ops.attention import attention, join_heads, split_heads
@@ -62,7 +63,7 @@ class Attention(HeadMixer):
         keys = None if mask is None or context is not None else mask.flatten(1)[:, None, None, :]
         drop = self.attn_drop if self.training else 0.0
         y = attention(q, k, v, mask=keys, causal=self.causal and context is None, dropout=drop)
-        y = self.proj(join_heads(y))
+        y = linear(self.proj, join_heads(y))
         return (y if self.drop is None else self.drop(y)).view(x.shape)
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gossamer.layers.linear import linear
 from gossamer.layers.prune import check_axis, expand_heads, slice_linear
 from gossamer.mixers.base import Mixer
 
@@ -39,8 +40,8 @@ class HeadMixer(Mixer):
 
     def project(self, x: Float[Tensor, "b n c"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values, each `(b, heads, n, head_dim)`."""
-        # Split before the axes are swapped: the three gradients are then joined in the product's own layout, in one copy.
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
+        # Split before the axes are swapped: their gradients are then joined in the product's own layout, in one copy.
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def widths(self) -> dict[str, int]:

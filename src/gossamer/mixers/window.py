@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gossamer.layers.linear import linear
 from gossamer.mixers.base import register_mixer
 from gossamer.mixers.heads import HeadMixer
 from gossamer.ops import grid as g
@@ -43,6 +44,8 @@ class WindowAttention(HeadMixer):
     Raises:
         ValueError: `heads` does not divide `dim`, or the input has other grid axes than the table.
     """
+
+    bias_index: Tensor
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class WindowAttention(HeadMixer):
             y = self._attend_regions(q, k, v, bias, g.shift_penalty(full, size, offset, REGION_PENALTY).to(bias))
         else:
             y = join_heads(attention(q, k, v, bias=bias))
-        return g.crop(g.shift(g.unwindows(self.proj(y), size, full), offset), shape)
+        return g.crop(g.shift(g.unwindows(linear(self.proj, y), size, full), offset), shape)
 
     def relative_bias(self) -> Float[Tensor, "1 h n n"]:
         """`B[h, i, j] = table[index(i, j), h]`."""

@@ -1,5 +1,6 @@
 """What image pyramids share: a backbone from a classifier's weights, and small sizes for the data at hand."""
 
+from collections.abc import Sequence
 from math import isqrt, log2
 from typing import Any
 
@@ -12,7 +13,7 @@ from gossamer.models.registry import State
 BUDGETS = {"xs": 5e6, "s": 30e6, "m": 100e6, "l": 320e6}
 """MACs that the four sizes of a scaled model are made for."""
 
-_DEPTHS = {
+_DEPTHS: dict[int, dict[str, tuple[int, ...]]] = {
     1: {"xs": (3,), "s": (5,), "m": (8,), "l": (12,)},
     2: {"xs": (1, 2), "s": (2, 3), "m": (2, 6), "l": (3, 9)},
     3: {"xs": (1, 2, 1), "s": (1, 3, 2), "m": (2, 4, 2), "l": (2, 8, 2)},
@@ -64,7 +65,7 @@ def token_grid(size: int | tuple[int, int], patch: int, stages: int, *, up: bool
     return grids
 
 
-def stage_rates(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
+def stage_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Drop-path rates of each stage's blocks, growing linearly over all of them."""
     rates = drop_path_rates(rate, sum(depths))
     starts = [sum(depths[:i]) for i in range(len(depths))]

@@ -163,6 +163,6 @@ def convnext(
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    if head_init_scale != 1.0 and not dense and num_classes:
+    if isinstance(head, Classifier) and head.fc is not None:
         head.fc.weight.data.mul_(head_init_scale)
     return model

@@ -115,7 +115,7 @@ def metaformer(
     norm: Literal["group", "layer"] = "group",
     layer_scale: float | None = 1e-5,
     mlp_ratio: float = 4.0,
-    stem: tuple[int, int, int] = (7, 4, 2),
+    stem: Sequence[int] = (7, 4, 2),
     drop: float = 0.0,
     drop_path: float = 0.0,
     img_size: int | tuple[int, int] = 224,

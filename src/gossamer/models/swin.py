@@ -215,7 +215,7 @@ def swin(
     known = inspect.signature(mixer_class(mixer)).parameters
     windowed = "window" in known
     multiple = None if pad or dense else _multiple(img_size, patch, grids, window if windowed else 1)
-    stem: nn.Module = nn.Sequential(Stem(in_chans, embed_dim, patch, multiple=multiple, norm=LayerNorm))
+    stem = nn.Sequential(Stem(in_chans, embed_dim, patch, multiple=multiple, norm=LayerNorm))
     if ape:
         stem.append(GridPositions(embed_dim, grids[0], resize=pad or dense))
     stages = []
