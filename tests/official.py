@@ -71,7 +71,6 @@ def manifest(slug: str) -> dict[str, dict[str, Any]]:
     for suffix in (".json", ".json.gz"):
         path = MANIFESTS / f"{slug}{suffix}"
         if path.exists():
-            opened = gzip.open(path, "rt") if suffix.endswith("gz") else path.open()
-            with opened as file:
-                return json.load(file)["variants"]
+            data = path.read_bytes()
+            return json.loads(gzip.decompress(data) if suffix.endswith("gz") else data)["variants"]
     pytest.skip(f"no manifest of {slug} in {MANIFESTS}; set GOSSAMER_MANIFESTS")

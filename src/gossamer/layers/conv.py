@@ -6,6 +6,7 @@ is seen through a permuted view, which is PyTorch's channels_last memory format:
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -81,3 +82,13 @@ class ConvNorm(nn.Module):
 def max_pool(x: Float[Tensor, "b h w c"], size: int, stride: int, padding: int) -> Float[Tensor, "b i j c"]:
     """Max-pooling of a channels-last map."""
     return F.max_pool2d(x.movedim(-1, 1), size, stride, padding).movedim(1, -1)
+
+
+def channels_last(image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b i height width"]:
+    """The image in PyTorch's channels_last memory format, so that convolutions answer in it.
+
+    One channel lies the same in either format; unless its strides say channels last, convolutions answer in the other.
+    """
+    if image.shape[1] == 1:
+        return image[:, 0].contiguous()[..., None].movedim(-1, 1)
+    return image.contiguous(memory_format=torch.channels_last)

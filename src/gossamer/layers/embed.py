@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gossamer.layers.conv import channels_last
 from gossamer.layers.positions import sinusoid
 
 Positions = Literal["learned", "sinusoid"]
@@ -48,7 +49,7 @@ class PatchEmbed(nn.Module):
         self.norm = norm(dim) if norm else None
 
     def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b h w c"]:
-        x = self.proj(image.contiguous(memory_format=torch.channels_last)).movedim(1, -1)
+        x = self.proj(channels_last(image)).movedim(1, -1)
         return x if self.norm is None else self.norm(x)
 
 

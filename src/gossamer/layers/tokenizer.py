@@ -8,12 +8,13 @@ Source: Hassani et al. 2021, "Escaping the Big Data Paradigm with Compact Transf
 - a text tokeniser carries the padding mask along: a token is real when its window holds a real word
 """
 
-import torch
+from itertools import pairwise
+
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from gossamer.layers.conv import Conv
+from gossamer.layers.conv import Conv, channels_last
 
 
 class ConvTokenizer(nn.Module):
@@ -43,8 +44,7 @@ class ConvTokenizer(nn.Module):
         self.padding = max(1, kernel // 2) if pool else 0
         widths = [in_chans, *[hidden] * (convs - 1), dim]
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, kernel, self.stride, self.padding, bias=not pool)
-            for a, b in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(a, b, kernel, self.stride, self.padding, bias=not pool) for a, b in pairwise(widths)
         )
         for conv in self.convs:
             nn.init.kaiming_normal_(conv.weight)
@@ -116,13 +116,3 @@ class TextTokenizer(nn.Module):
         if self.pool:
             seen = F.max_pool1d(seen, 2, 2, 1)
         return seen[:, 0] > 0
-
-
-def channels_last(image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b i height width"]:
-    """The image in PyTorch's channels_last memory format, so that convolutions answer in it.
-
-    One channel is contiguous in either format, and convolutions would then answer channels first.
-    """
-    if image.shape[1] == 1:
-        return image[:, 0].contiguous()[..., None].movedim(-1, 1)
-    return image.contiguous(memory_format=torch.channels_last)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gossamer.layers.linear import linear
 from gossamer.layers.prune import check_axis, expand_heads, slice_linear
 from gossamer.mixers.base import Mixer, register_mixer
 from gossamer.ops.attention import attention, join_heads
@@ -66,10 +67,11 @@ class OffsetBiasAttention(Mixer):
                 f"the bias table is for a grid of {self.grid} tokens, got {tuple(x.shape[1:-1])}; "
                 f"build the mixer with grid= of the input, or resize=True"
             )
-        qkv = self.qkv(x.flatten(1, -2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        qkv = linear(self.qkv, x.flatten(1, -2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q, k, v = qkv.split((self.key_dim, self.key_dim, self.value_dim), -1)
         keys = None if mask is None else mask.flatten(1)[:, None, None, :]
-        return self.proj(join_heads(attention(q, k, v, mask=keys, bias=self.bias(q.shape[2])))).view(x.shape)
+        y = attention(q, k, v, mask=keys, bias=self.bias(q.shape[2]))
+        return linear(self.proj, join_heads(y)).view(x.shape)
 
     def bias(self, tokens: int) -> Float[Tensor, "1 h n n"]:
         """The bias between any two of `tokens` tokens."""

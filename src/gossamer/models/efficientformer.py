@@ -12,6 +12,7 @@ Source: Li et al. 2022, "EfficientFormer: Vision Transformers at MobileNet Speed
 - the latency-driven slimming that found the published sizes is not here
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 
 from gossamer.layers import BatchNorm, Block, Classifier, ConvNorm, GroupNorm1, Mlp
 from gossamer.layers.blocks import drop_path_rates
+from gossamer.layers.conv import channels_last
 from gossamer.layers.distilled import DistilledClassifier
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
-from gossamer.layers.tokenizer import channels_last
 from gossamer.mixers import create_mixer
 from gossamer.mixers.offset_bias_attention import OffsetBiasAttention
 from gossamer.models.registry import State, register_system
@@ -222,7 +223,7 @@ def efficientformer(
         reduction *= 2
     bound = attention_blocks > 0 and dense is None
     stem = ConvStem(in_chans, widths[0], stem_strides, img_size=size if bound else None, reduction=reduction // 2)
-    merges = [ConvNorm(a, b, 3, stride=2) for a, b in zip(widths, widths[1:], strict=False)]
+    merges = [ConvNorm(a, b, 3, stride=2) for a, b in pairwise(widths)]
     head: nn.Module = nn.Identity()
     if dense is None:
         head = (DistilledClassifier if distillation else Classifier)(widths[-1], num_classes)
