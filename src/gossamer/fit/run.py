@@ -107,8 +107,10 @@ class _Run:
         listed = enumerate_candidates(self.data)
 
         def stop() -> bool:
+            if not any(c.cost for c in listed):
+                return self.clock.interrupted
             fits = any(c.status in ("ready", "int8") for c in listed)
-            return self.clock.over(mark if fits else self.clock.raced_by)
+            return self.clock.over(mark if fits else self.clock.finished_by)
 
         found = measure_candidates(
             listed,
