@@ -23,9 +23,10 @@ ARGS = dict(
     quiet=True,
 )
 SCRIPT = """
-import json, sys
+import json, os, sys
 from gossamer.train import train_model
 out, args = sys.argv[1], json.loads(sys.argv[2])
+assert os.environ.get("WORLD_SIZE", "1") == sys.argv[3]
 train_model("vit_tiny_patch16_224", "digits", out=out, **args)
 """
 
@@ -37,10 +38,12 @@ def rows(folder):
 def launch(tmp_path, out, processes):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    # `--cpu` starts one process whatever the number, unless there is an MPI.
+    how = "--cpu" if processes == 1 else "--multi_gpu"
+    command = [sys.executable, "-m", "accelerate.commands.launch", how, "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(script), str(out), json.dumps(ARGS)], env=env, start_new_session=True)
+    return subprocess.Popen([*command, str(script), str(out), json.dumps(ARGS), str(processes)], env=env, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
