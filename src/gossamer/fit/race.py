@@ -121,7 +121,12 @@ class Race:
                 value = next(point["value"] for point in curve if point["rung"] == rung)
             else:
                 self.tell(f"trial {trial.number}: {name}, lr {lr:.1e}, rung {rung + 1}/{len(RUNGS)}")
-                loss = trainer.train(seconds=self.unit_s * factor, schedule="stable", stop=self.stop)
+                # A trial that has begun takes at least one step: on a late start it is the only one.
+                loss = trainer.train(
+                    seconds=self.unit_s * factor,
+                    schedule="stable",
+                    stop=lambda trainer=trainer: trainer.steps > 0 and self.stop(),
+                )
                 if trainer.steps == 0:
                     break
                 value = trainer.evaluate(self.data.val, limit=EVALUATE)[self.task.metric]
