@@ -116,17 +116,17 @@ class Race:
         if before is not None and state_file(self.folder, before).exists():
             curve = trainer.load(state_file(self.folder, before))["curve"]
         value = math.nan
+
+        def stop() -> bool:
+            # A trial that has begun takes at least one step: on a late start it is the only one.
+            return trainer.steps > 0 and self.stop()
+
         for rung, factor in enumerate(RUNGS):
             if any(point["rung"] == rung for point in curve):
                 value = next(point["value"] for point in curve if point["rung"] == rung)
             else:
                 self.tell(f"trial {trial.number}: {name}, lr {lr:.1e}, rung {rung + 1}/{len(RUNGS)}")
-                # A trial that has begun takes at least one step: on a late start it is the only one.
-                loss = trainer.train(
-                    seconds=self.unit_s * factor,
-                    schedule="stable",
-                    stop=lambda trainer=trainer: trainer.steps > 0 and self.stop(),
-                )
+                loss = trainer.train(seconds=self.unit_s * factor, schedule="stable", stop=stop)
                 if trainer.steps == 0:
                     break
                 value = trainer.evaluate(self.data.val, limit=EVALUATE)[self.task.metric]
