@@ -22,7 +22,7 @@ def same(fast, slow, inputs):
         torch.testing.assert_close(one, two, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("n", [1, 4, 30])
+@pytest.mark.parametrize("n", [1, 4, 30, s.MATRIX_STEPS + 1])  # matrix products, and pooling
 @pytest.mark.parametrize("k", [1, 3, 25])
 def test_decomposition_equals_the_mean_over_a_series_continued_by_its_ends(n, k):
     x = draw(2, n, 3)
@@ -41,7 +41,7 @@ def test_season_and_trend_sum_to_the_series_and_a_constant_has_no_season():
     assert float(line[:, :2].abs().max()) > 0.1  # except at its ends
 
 
-@pytest.mark.parametrize("n", [1, 24, 25])
+@pytest.mark.parametrize("n", [1, 24, 25, s.MATRIX_STEPS + 1])  # matrix products, and FFT
 def test_delay_scores_equal_the_direct_sum(n):
     q, k = draw(2, n, 6), draw(2, n, 6)
     same(s.delay_scores(q, k), s.delay_scores_reference(q, k), (q, k))

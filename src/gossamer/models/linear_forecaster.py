@@ -55,6 +55,7 @@ class LinearForecaster(nn.Module):
         if anchor not in ("last", "mean", "none"):
             raise ValueError(f"anchor must be last, mean or none; got {anchor!r}")
         self.seq_len = seq_len
+        self.pred_len = pred_len
         self.moving_avg = moving_avg
         self.anchor = anchor
         maps = channels if individual else 1
@@ -74,7 +75,7 @@ class LinearForecaster(nn.Module):
             level = x[:, -1:] if self.anchor == "last" else x.mean(1, keepdim=True)
             x = x - level
         season, trend = decompose(x, self.moving_avg)
-        y = self._map(self.season, season) + self._map(self.trend, trend) + self.bias.transpose(1, 2)
+        y = self._map(self.season, season) + self._map(self.trend, trend) + self.bias.t()
         return y if self.anchor == "none" else y + level
 
     def _map(self, weight: Tensor, x: Tensor) -> Tensor:
