@@ -42,7 +42,34 @@ def test_fused_equals_plain(shape, act, bias) -> None:
 
 
 @pytest.mark.usefixtures("always")
-def test_the_layer_itself_is_called_in_training_and_when_watched_counted_or_exchanged(monkeypatch) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (2, 3, 4, 7), (1, 7)])
+def test_gradients_and_their_gradients_equal_those_of_the_layer(shape, bias) -> None:
+    layer, x = nn.Linear(7, 5, bias=bias), torch.randn(shape, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    results = []
+    for y in (linear(layer, x, nn.GELU()), nn.GELU()(layer(x))):
+        mix = torch.linspace(-1, 1, y.numel()).view(y.shape)
+        plain = torch.autograd.grad((y * mix).sum(), inputs, retain_graph=True)
+        first = torch.autograd.grad((y.square() * mix).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        results.append([y, *plain, *first, *second])
+    assert "_Linear" in type(linear(layer, x).grad_fn).__name__
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("always")
+def test_frozen_weights_get_no_gradient() -> None:
+    layer, x = nn.Linear(7, 5), torch.randn(3, 7, requires_grad=True)
+    layer.requires_grad_(False)
+    linear(layer, x).sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is None
+
+
+@pytest.mark.usefixtures("always")
+def test_the_layer_itself_is_called_when_watched_counted_or_exchanged(monkeypatch) -> None:
     layer, x = nn.Linear(7, 5), torch.randn(3, 7)
     spy = Spy(monkeypatch)
     with torch.no_grad():
@@ -60,8 +87,6 @@ def test_the_layer_itself_is_called_in_training_and_when_watched_counted_or_exch
         layer.float().register_forward_hook(lambda *_: None)
         linear(layer, x)
         assert spy.calls == 4
-    assert linear(nn.Linear(7, 5), x).requires_grad
-    assert spy.calls == 5
 
 
 def test_small_products_are_left_to_the_layer(monkeypatch) -> None:

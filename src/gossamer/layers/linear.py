@@ -7,6 +7,8 @@ gradients, the product and the gradient of its input take that way and the rest 
 - a layer that hooks watch, or whose weight or class was exchanged (quantised, parametrised), is called as it is
 """
 
+from typing import TypeGuard
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -57,8 +59,8 @@ class _Linear(torch.autograd.Function):
         return dx, dw, rows.sum(0) if for_bias else None
 
 
-def _gains(layer: nn.Module, x: Tensor) -> bool:
-    return (
+def _gains(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    return bool(
         type(x) is Tensor
         and type(layer) is nn.Linear
         and x.numel() * layer.out_features >= LEAST
