@@ -43,7 +43,9 @@ def launch(tmp_path, out, processes):
     command = [sys.executable, "-m", "accelerate.commands.launch", how, "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(script), str(out), json.dumps(ARGS), str(processes)], env=env, start_new_session=True)
+    return subprocess.Popen(
+        [*command, str(script), str(out), json.dumps(ARGS), str(processes)], env=env, start_new_session=True
+    )
 
 
 @pytest.fixture(scope="module")
