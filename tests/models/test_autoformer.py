@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from forecasters import SPECS, Toy, equals_official, exports, manifest_fits, refuses, scales
-from gossamer import catalogue
+from gossamer import catalogue, measure
 from gossamer.layers.series import Season, SeasonalNorm
 from gossamer.models import create_model
 from gossamer.models.registry import system
@@ -69,6 +69,17 @@ def test_autoformer_learns_trend_and_periods_better_than_informer_and_than_repea
     error = toy.train(create_model("autoformer", **sizes), 120)
     assert error < 0.5 * toy.repeat_error()
     assert error < toy.train(create_model("informer", **sizes, sampling="fixed"), 120)
+
+
+def test_products_are_counted_without_weights() -> None:
+    x, marks = torch.empty(1, 96, 7), torch.empty(1, 192, 4)
+    with torch.device("meta"):
+        model = create_model("autoformer_etth1_96")
+    # products of tokens by weights alone: two encoder layers, and a decoder layer over half the known steps and 96 more
+    dim, known, steps = 512, 96, 144
+    mlp, square = 2 * dim * 2048, dim * dim
+    least = 2 * known * (4 * square + mlp) + steps * (6 * square + mlp) + known * 2 * square
+    assert 1.0 < measure.macs(model, (x, marks)).total / least < 1.2
 
 
 @pytest.mark.parametrize("size", ["xs", "s", "m", "l"])

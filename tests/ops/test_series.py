@@ -115,3 +115,10 @@ def test_an_exported_graph_serves_every_length(tmp_path, symbolic_sizes):
         out = session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)})
         for one, two in zip(out, AutoCorrelation()(*inputs), strict=True):
             torch.testing.assert_close(torch.from_numpy(one), two, atol=1e-4, rtol=1e-5)
+
+
+def test_autocast_leaves_sums_over_time_as_precise_as_their_input():
+    x = torch.randn(2, 48, 8) + 100
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(s.decompose(x, 25), s.decompose_reference(x, 25), atol=1e-4, rtol=1e-5)
+        assert s.delay_scores(x, x).dtype == torch.float32

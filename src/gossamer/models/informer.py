@@ -77,7 +77,7 @@ def _convert(model: nn.Module, state: State) -> State:
 
 def scaled(spec: dict[str, Any], size: str) -> dict[str, Any]:
     """Sizes of a small forecaster with an encoder and a decoder, for the data at hand."""
-    dim, e_layers = {"xs": (32, 1), "s": (64, 2), "m": (128, 2), "l": (256, 2)}[size]
+    dim, e_layers = {"xs": (32, 1), "s": (80, 2), "m": (160, 2), "l": (288, 2)}[size]
     return {"d_model": dim, "n_heads": dim // 16, "d_ff": 2 * dim, "e_layers": e_layers, "d_layers": 1, **spec}
 
 

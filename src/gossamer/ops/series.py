@@ -29,7 +29,8 @@ def _exporting() -> bool:
 def _as_given(x: Tensor) -> AbstractContextManager[None]:
     """Autocast off: sums over all steps keep the precision of what they are given."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if active else nullcontext()
 
 
 def decompose(x: Float[Tensor, "b n c"], k: int) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
