@@ -13,6 +13,7 @@ Source: Hassani et al. 2021, "Escaping the Big Data Paradigm with Compact Transf
 - the released code's `padding_idx` is 1; here `pad_id` is 0 by default, as everywhere in Gossamer
 """
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -124,18 +125,37 @@ def _convert(model: nn.Module, state: State) -> State:
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     if "vocab_size" in spec:
         dim, depth, word_dim = {"xs": (64, 2, 64), "s": (128, 2, 128), "m": (192, 4, 192), "l": (256, 6, 256)}[size]
-        options = dict(dim=dim, depth=depth, heads=dim // 32, mlp_ratio=2, word_dim=word_dim, kernel=2)
+        kernel = min(2, spec["max_len"])
+        options = dict(dim=dim, depth=depth, heads=dim // 32, mlp_ratio=2.0, word_dim=word_dim, kernel=kernel)
         return "text_cct_2", {**options, **spec}
-    dim, depth, hidden = {"xs": (64, 2, 16), "s": (128, 4, 32), "m": (192, 5, 48), "l": (256, 7, 64)}[size]
-    height, width = spec["img_size"]
-    # Each repeat of the tokeniser halves the grid (a 7x7 one quarters it); aim at some 8 tokens a side.
-    side = max(height, width)
-    kernel = 7 if side > 64 else 3
-    convs = 1
-    while side / (4 if kernel == 7 else 2) ** convs > 12:
-        convs += 1
-    options = dict(dim=dim, depth=depth, heads=dim // 32, mlp_ratio=2, kernel=kernel, convs=convs, hidden=hidden)
-    return "cct_2_3x2_32", {**options, **spec}
+    target, depth, widest = {"xs": (5, 2, 64), "s": (28, 2, 128), "m": (95, 4, 192), "l": (320, 6, 256)}[size]
+    side = max(spec["img_size"])
+    # A 3x3 tokeniser halves the grid at each repeat, a 7x7 one quarters it: large images cannot afford small steps.
+    if side < 80:
+        kernel, convs = 3, 1 if side < 20 else 2 if side < 48 else 3
+    else:
+        kernel, convs = 7, 3 if side > 320 or (side > 140 and size in ("xs", "s")) else 2
+    shape = dict(depth=depth, kernel=kernel, convs=convs, mlp_ratio=2.0)
+    choices = [
+        dict(dim=dim, hidden=max(4, dim * share // 48)) for dim in range(32, widest + 1, 32) for share in (8, 16)
+    ]
+    best = min(choices, key=lambda choice: abs(_macs(spec, **shape, **choice) - target * 1e6))
+    # Short training wants all of its steps: no dropped weights or paths.
+    calm = dict(heads=best["dim"] // 32, attn_drop=0.0, drop_path=0.0)
+    return "cct_2_3x2_32", {**shape, **best, **calm, **spec}
+
+
+def _macs(spec: dict[str, Any], dim: int, depth: int, hidden: int, kernel: int, convs: int, mlp_ratio: float) -> float:
+    """Multiply-adds of a CCT on one image, attention products included."""
+    total, size = 0, spec["img_size"]
+    widths = [spec["in_chans"], *[hidden] * (convs - 1), dim]
+    for a, b in pairwise(widths):
+        conv = ConvTokenizer(1, 1, kernel, pool=True)
+        before = [(n + 2 * conv.padding - kernel) // conv.stride + 1 for n in size]
+        total += kernel * kernel * a * b * before[0] * before[1]
+        size = conv.grid(size)
+    tokens = size[0] * size[1]
+    return total + depth * tokens * dim * ((4 + 2 * mlp_ratio) * dim + 2 * tokens)
 
 
 _2: dict[str, Any] = dict(dim=128, depth=2, heads=2, mlp_ratio=1)

@@ -109,25 +109,51 @@ def _resize_biases(table: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
-    widths, depths, attention_blocks = {
-        "xs": ((16, 32, 64), (1, 1, 2), 1),
-        "s": ((32, 64, 128), (1, 2, 3), 2),
-        "m": ((48, 96, 192), (1, 2, 4), 2),
-        "l": ((64, 128, 256), (2, 3, 5), 3),
+    target, depths, attention_blocks, widest = {
+        "xs": (5, (0, 0, 1, 1, 2), 1, 128),
+        "s": (25, (0, 1, 1, 2, 3), 2, 256),
+        "m": (95, (0, 1, 1, 2, 3), 2, 384),
+        "l": (320, (0, 1, 2, 3, 4), 2, 512),
     }[size]
-    side = max(spec["img_size"])
-    strides = (1, 1) if side < 24 else (1, 2) if side < 64 else (2, 2)
+    height, width = spec["img_size"]
+    side = max(height, width)
+    strides = (1, 1) if side < 20 else (1, 2) if side < 56 else (2, 2)
+    # Stages until the last map is some four to eight tokens wide.
+    stages = 1
+    while stages < 5 and side / (strides[0] * strides[1] * 2 ** (stages - 1)) > 6:
+        stages += 1
+    depths = depths[-stages:]
+    first = [w for w in range(8, 257, 8) if w * 2 ** (stages - 1) <= widest]
+    best = min(first, key=lambda w: abs(_macs(spec, w, depths, strides) - target * 1e6))
+    widths = tuple(best * 2**i for i in range(stages))
     options = dict(
         widths=widths,
         depths=depths,
         attention_blocks=attention_blocks,
-        heads=widths[-1] // 32,
+        heads=max(1, widths[-1] // 32),
         key_dim=16,
         value_dim=32,
         stem_strides=strides,
+        # The authors' 1e-5 keeps a block shut for longer than a short training lasts.
+        layer_scale=0.1,
         distillation=False,
     )
     return "efficientformer_l1", {**options, **spec}
+
+
+def _macs(spec: dict[str, Any], first: int, depths: tuple[int, ...], strides: tuple[int, int]) -> float:
+    """Multiply-adds of an EfficientFormer whose widths double from `first`; attention counts as a 4-D block."""
+    height, width = spec["img_size"]
+    total, before, step = 0.0, spec["in_chans"], 1
+    stem = [(first // 2, strides[0]), (first, strides[1])]
+    for dim, stride in stem + [(first * 2**i, 2) for i in range(1, len(depths))]:
+        step *= stride
+        rows, columns = _grid((height, width), step)
+        total += 9 * before * dim * rows * columns
+        before = dim
+        if dim >= first:
+            total += depths[(dim // first).bit_length() - 1] * 8 * dim * dim * rows * columns
+    return total
 
 
 @register_system(

@@ -14,7 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from gossamer.layers import Block, Classifier, Mlp, PatchEmbed, TokenStem, resize_positions
 from gossamer.layers.blocks import drop_path_rates
@@ -26,13 +28,28 @@ from gossamer.models.registry import State, register_system
 from gossamer.trunks import Isotropic
 
 
+class PaddedPatches(PatchEmbed):
+    """Patches of an image that is first filled up with zeros, below and to the right, to whole patches."""
+
+    def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b h w c"]:
+        patch = self.proj.kernel_size[0]
+        return super().forward(F.pad(image, (0, -image.shape[3] % patch, 0, -image.shape[2] % patch)))
+
+
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
-    side = max(spec["img_size"])
-    dim, depth = {"xs": (64, 4), "s": (128, 6), "m": (192, 8), "l": (256, 10)}[size]
-    patch = max(2, round(side / 12 / 2) * 2) if side >= 24 else 1 if side < 12 else 2
-    while any(s % patch for s in spec["img_size"]):
-        patch -= 1
-    return "vit_tiny_patch16_224", {"patch": patch, "dim": dim, "depth": depth, "heads": dim // 32, **spec}
+    target, depth, widest = {"xs": (5, 2, 96), "s": (28, 4, 128), "m": (95, 6, 192), "l": (320, 10, 256)}[size]
+    height, width = spec["img_size"]
+    # Some eight patches a side.
+    patch = max(1, round(max(height, width) / 8))
+    tokens = -(-height // patch) * -(-width // patch) + 1
+
+    def macs(dim: int) -> int:
+        pixels = spec["in_chans"] * patch * patch * (tokens - 1)
+        return dim * (pixels + depth * tokens * (12 * dim + 2 * tokens))
+
+    dim = min(range(32, widest + 1, 32), key=lambda d: abs(macs(d) - target * 1e6))
+    pad = bool(height % patch or width % patch)
+    return "vit_tiny_patch16_224", {"patch": patch, "dim": dim, "depth": depth, "heads": dim // 32, "pad": pad, **spec}
 
 
 def _convert(model: nn.Module, state: State) -> State:
@@ -111,6 +128,7 @@ def vit(
     in_chans: int = 3,
     num_classes: int = 1000,
     distilled: bool = False,
+    pad: bool = False,
     layer_scale: float | None = None,
     position_tokens: bool = True,
     drop: float = 0.0,
@@ -121,24 +139,25 @@ def vit(
     """A plain vision transformer.
 
     Args:
+        pad: fill an image that `patch` does not divide up with zeros.
         mixer: name of the mixer, or one name a layer for a hybrid.
         mixer_options: its keywords; `heads` is given to mixers that take it.
 
     Raises:
-        ValueError: `patch` does not divide the image, or a mixer list is not `depth` long.
+        ValueError: `patch` does not divide the image and `pad` is False, or a mixer list is not `depth` long.
     """
     height, width = pair(img_size)
-    if height % patch or width % patch:
-        raise ValueError(f"patch must divide the image; got patch={patch}, img_size={height}x{width}")
+    if not pad and (height % patch or width % patch):
+        raise ValueError(f"patch must divide the image; got patch={patch}, img_size={height}x{width}; or give pad=True")
     names = [mixer] * depth if isinstance(mixer, str) else list(mixer)
     if len(names) != depth:
         raise ValueError(f"mixer must be one name or {depth} names (depth), got {len(names)}")
-    grid = (height // patch, width // patch)
+    grid = (-(-height // patch), -(-width // patch))
     # Plain attention reads a sequence with its class token; any other mixer is given the map.
     flat = all(name == "attention" for name in names)
     tokens = (1 + distilled) if flat else 0
     stem = TokenStem(
-        PatchEmbed(in_chans, dim, patch),
+        (PaddedPatches if pad else PatchEmbed)(in_chans, dim, patch),
         dim,
         grid,
         tokens=tokens,

@@ -19,9 +19,7 @@ class Isotropic(nn.Module):
         head: `(tokens, mask) -> answer`.
     """
 
-    def __init__(
-        self, stem: nn.Module, blocks: Sequence[nn.Module], *, norm: nn.Module | None, head: nn.Module
-    ):
+    def __init__(self, stem: nn.Module, blocks: Sequence[nn.Module], *, norm: nn.Module | None, head: nn.Module):
         super().__init__()
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)
@@ -35,7 +33,7 @@ class Isotropic(nn.Module):
             x = block(x) if mask is None else block(x, mask=mask)
         return (x if self.norm is None else self.norm(x)), mask
 
-    def forward(self, x: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+    def forward(self, x: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b ..."] | tuple[Float[Tensor, "b ..."], ...]:
         tokens, mask = self.encode(x)
         return self.head(tokens, mask)
 

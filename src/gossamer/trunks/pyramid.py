@@ -51,7 +51,9 @@ class Pyramid(nn.Module):
             maps.append(x)
         return maps
 
-    def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b ..."]:
+    def forward(
+        self, image: Float[Tensor, "b i height width"]
+    ) -> Float[Tensor, "b ..."] | tuple[Float[Tensor, "b ..."], ...]:
         x = self._maps(image)[-1]
         return self.head(x if self.norm is None else self.norm(x))
 
