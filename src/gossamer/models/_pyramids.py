@@ -33,25 +33,25 @@ def keep_backbone(model: nn.Module, state: State, *classifier: str) -> State:
     return {**{key: value for key, value in state.items() if not key.startswith(classifier)}, **own}
 
 
-def small_pyramid(spec: dict[str, Any], size: str, *, block: int, step: int) -> dict[str, Any]:
+def small_pyramid(spec: dict[str, Any], size: str, *, block: int, step: int, least_patch: int = 1) -> dict[str, Any]:
     """Patch, widths and depths of a pyramid that costs about `BUDGETS[size]` MACs on images of `spec["img_size"]`.
 
     A block of width c on n tokens costs `block * n * c^2`; halving the grid and doubling the width keeps that cost.
-    Widths of the first stage are multiples of `step`.
+    Widths of the first stage are multiples of `step`; patches are at least `least_patch` wide where the image allows.
     """
     height, width = pair(spec["img_size"])
-    patch = 1
+    patch = min(least_patch, max(1, min(height, width) // 3))
     while patch < 8 + 8 * (min(height, width) >= 320) and min(height, width) // (2 * patch) >= 14:
         patch *= 2
     while isqrt((height // patch) * (width // patch)) > 40:
         patch *= 2
     patch = min(patch, height, width)
     rows, columns = height // patch, width // patch
-    stages = max(1, min(4, 1 + int(log2(max(1, min(rows, columns) / 3.5)))))
+    stages = max(1 + (min(rows, columns) >= 4), min(4, 1 + int(log2(max(1, min(rows, columns) / 3.5)))))
     depths = _DEPTHS[stages][size]
     budget = BUDGETS[size]
     dim = max(step, round((budget / (block * rows * columns * sum(depths))) ** 0.5 / step) * step)
-    dim = min(dim, {"xs": 64, "s": 128, "m": 192, "l": 256}[size] // step * step)
+    dim = min(dim, {"xs": 96, "s": 128, "m": 192, "l": 256}[size] // step * step)
     return {"patch": patch, "dims": tuple(dim * 2**i for i in range(stages)), "depths": depths}
 
 

@@ -41,7 +41,7 @@ class Stem(PatchEmbed):
 
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     # LayerScale at 1e-6 wants hundreds of epochs; small models on small data learn at once without it.
-    return "convnext_t", {**small_pyramid(spec, size, block=8, step=8), "layer_scale": None, **spec}
+    return "convnext_t", {**small_pyramid(spec, size, block=8, step=8), "layer_scale": None, "init_std": None, **spec}
 
 
 def _convert(model: nn.Module, state: State) -> State:
@@ -111,6 +111,7 @@ def convnext(
     layer_scale: float | None = 1e-6,
     stem_norm: bool = True,
     drop_path: float = 0.0,
+    init_std: float | None = 0.02,
     head_init_scale: float = 1.0,
     img_size: int | tuple[int, int] = 224,
     in_chans: int = 3,
@@ -123,6 +124,7 @@ def convnext(
 
     Args:
         kernel: width of the depth-wise convolution.
+        init_std: deviation of the first weights, None for `fan_in ** -0.5`.
         head_init_scale: multiplies the classifier's first weights (the authors take 0.001 when they fine-tune).
         img_size: only mixers bound to a grid need it; the model takes any image no smaller than its deepest stride.
         dense: a norm for each map that `features` gives, and no classifier.
@@ -160,7 +162,7 @@ def convnext(
     )
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.trunc_normal_(module.weight, std=init_std or module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     if isinstance(head, Classifier) and head.fc is not None:

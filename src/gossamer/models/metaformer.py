@@ -33,7 +33,13 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     # The stem overlaps: a patch of s pixels is read with a margin of about half of it.
     kernel = patch + 2 * (patch // 2) + 1
     small = {"stem": (kernel, patch, patch // 2 + (patch == 1)), "dims": found["dims"], "depths": found["depths"]}
-    return "poolformer_s12", {**small, "mixers": ("pool",) * len(found["dims"]), "layer_scale": None, **spec}
+    return "poolformer_s12", {
+        **small,
+        "mixers": ("pool",) * len(found["dims"]),
+        "layer_scale": None,
+        "init_std": None,
+        **spec,
+    }
 
 
 def _convert(model: nn.Module, state: State) -> State:
@@ -118,6 +124,7 @@ def metaformer(
     stem: Sequence[int] = (7, 4, 2),
     drop: float = 0.0,
     drop_path: float = 0.0,
+    init_std: float | None = 0.02,
     img_size: int | tuple[int, int] = 224,
     in_chans: int = 3,
     num_classes: int = 1000,
@@ -130,6 +137,7 @@ def metaformer(
         mixer_options: keywords for every mixer that takes them; heads are 32 channels wide unless said here.
         norm: `group`, over a whole sample, or `layer`, over the channels of each token.
         stem: kernel, stride and padding of the first convolution.
+        init_std: deviation of the first weights, None for `fan_in ** -0.5`.
         img_size: position maps and spatial maps are made for it; pooling and identity take any size.
         dense: a norm for each map that `features` gives, and no classifier; position maps are resized to the image.
 
@@ -177,7 +185,7 @@ def metaformer(
         head=nn.Identity() if dense else Classifier(dims[-1], num_classes),
         out_norms=[make_norm(dim) for dim in dims] if dense else None,
     )
-    init_transformer(model)
+    init_transformer(model, init_std)
     return model
 
 

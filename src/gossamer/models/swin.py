@@ -77,7 +77,7 @@ def _refuse_misfit(height: int, width: int, multiple: int) -> None:
 
 
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
-    found = small_pyramid(spec, size, block=12, step=16)
+    found = small_pyramid(spec, size, block=12, step=16, least_patch=2)
     rows, columns = token_grid(spec["img_size"], found["patch"], 1, up=True)[0]
     # The window that pads least; of equals the largest.
     window = min((8, 7, 6, 5, 4), key=lambda w: (-rows % w / rows + -columns % w / columns, -w))
@@ -89,6 +89,9 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
         "heads": tuple(d // 16 if dim % 32 else d // 32 for d in found["dims"]),
         "window": window,
         "pad": True,
+        # Small data cannot wait for relative positions alone to be learned.
+        "ape": True,
+        "init_std": None,
     }
     return "swin_t", {**settings, **spec}
 
@@ -186,6 +189,7 @@ def swin(
     ape: bool = False,
     drop: float = 0.0,
     drop_path: float = 0.0,
+    init_std: float | None = 0.02,
     img_size: int | tuple[int, int] = 224,
     in_chans: int = 3,
     num_classes: int = 1000,
@@ -200,6 +204,7 @@ def swin(
         heads: heads of each stage.
         window: window side in tokens.
         ape: add a learned absolute position to each token after the stem.
+        init_std: deviation of the first weights, None for `fan_in ** -0.5`.
         pad: take any image, by padding maps to whole windows.
         dense: any image, a norm for each map that `features` gives, and no classifier.
         mixer: `window`, `window_mlp`, or what else stands in for them.
@@ -235,7 +240,7 @@ def swin(
         head=nn.Identity() if dense else Classifier(dims[-1], num_classes),
         out_norms=[LayerNorm(dim) for dim in dims] if dense else None,
     )
-    init_transformer(model)
+    init_transformer(model, init_std)
     return model
 
 
