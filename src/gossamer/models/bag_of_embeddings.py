@@ -89,8 +89,8 @@ def max_pool(x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"]) -> Float[Tens
 
 
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
-    dim = {"xs": 32, "s": 64, "m": 128, "l": 256}[size]
-    return "bag_of_words", {"dim": dim, "pool": "both", "word_drop": 0.3, **spec}
+    dim = {"xs": 64, "s": 128, "m": 192, "l": 256}[size]
+    return "bag_of_words", {"dim": dim, "pool": "both", "drop": 0.5, "word_drop": 0.4, **spec}
 
 
 @register_system(
