@@ -13,6 +13,8 @@ from gossamer.fit import candidates as module
 from gossamer.fit.candidates import Candidate, enumerate_candidates, measure_candidates, prior
 from gossamer.tasks import create_task
 
+TASK = "image-classification"
+
 
 def candidate(name: str, *, macs: float = 1e7, step_s: float = 0.1, batch: int = 50) -> Candidate:
     return Candidate(name, name.split("-")[0], name, cost={"latency": 1.0, "macs": macs}, step_s=step_s, batch=batch)
@@ -21,19 +23,19 @@ def candidate(name: str, *, macs: float = 1e7, step_s: float = 0.1, batch: int =
 def test_with_time_enough_more_work_a_sample_is_tried_first_and_with_little_time_less() -> None:
     small, large = candidate("a-s", macs=1e7, step_s=0.05), candidate("a-l", macs=1e8, step_s=0.5)
     hour, minute = 3600.0, 20.0
-    assert prior(large, 1000, hour) > prior(small, 1000, hour)
-    assert prior(small, 1000, minute) > prior(large, 1000, minute)
+    assert prior(large, TASK, 1000, hour) > prior(small, TASK, 1000, hour)
+    assert prior(small, TASK, 1000, minute) > prior(large, TASK, 1000, minute)
 
 
 def test_more_data_in_the_same_time_favours_the_quick() -> None:
     small, large = candidate("a-s", macs=1e7, step_s=0.05), candidate("a-l", macs=1e8, step_s=0.5)
-    gap = [prior(large, n, 600.0) - prior(small, n, 600.0) for n in (1_000, 10_000, 100_000)]
+    gap = [prior(large, TASK, n, 600.0) - prior(small, TASK, n, 600.0) for n in (1_000, 10_000, 100_000)]
     assert gap == sorted(gap, reverse=True)
     assert gap[0] > 0 > gap[-1]
 
 
 def test_what_was_not_measured_comes_last() -> None:
-    assert prior(Candidate("a-s", "a", "a"), 100, 60.0) == -math.inf
+    assert prior(Candidate("a-s", "a", "a"), TASK, 100, 60.0) == -math.inf
 
 
 @pytest.mark.parametrize(

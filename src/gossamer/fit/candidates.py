@@ -16,6 +16,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,10 @@ SIZES = ("xs", "s", "m", "l")
 INT8_SIZE, INT8_REACH = 0.3, 4.0
 # Passes over the data after which more time helps little, and below which a model has hardly started.
 ENOUGH_EPOCHS, FEW_EPOCHS = 25.0, 3.0
+# The same for steps, which count where the data are few.
+ENOUGH_STEPS, FEW_STEPS = 3000.0, 500.0
+# A family this far behind after the first minutes (points, per cent) counts as half as good.
+LAG = 4.0
 
 
 @dataclass
@@ -136,7 +142,7 @@ def measure_candidates(
                 continue
             table.put(key, known)
         candidate.cost, candidate.step_s, candidate.batch = dict(known["cost"]), known["step_s"], batch_size
-        candidate.interval, candidate.export_s = tuple(known["interval"]), known["export_s"]
+        candidate.interval, candidate.export_s = tuple(known["interval"]), known.get("export_s", 0.0)
         over = excess(candidate.cost, budget)
         if over <= 1:
             candidate.status = "ready"
@@ -152,23 +158,33 @@ def measure_candidates(
             candidate.why = "" if fits else over_budget(candidate.int8 or candidate.cost, budget) + " even as int8"
         else:
             candidate.status, candidate.why = "left out", over_budget(candidate.cost, budget)
-        candidate.prior = prior(candidate, len(data.train), train_s)
+        candidate.prior = prior(candidate, data.task, len(data.train), train_s)
     order = {"ready": 0, "int8": 1, "not measured": 2, "left out": 3}
     return sorted(candidates, key=lambda c: (order[c.status], -c.prior))
 
 
-def prior(candidate: Candidate, samples: int, train_s: float) -> float:
-    """A guess of how good the candidate will be: more work a sample is better, if there is time to learn.
+def prior(candidate: Candidate, task: str, samples: int, train_s: float) -> float:
+    """A guess of how good the candidate will be, in doublings: more work a sample is better, if there is time to learn.
 
-    `log2(macs) / 2 - shortfall`, where the shortfall is how many times the passes over the data fall short of
-    what such models need, in powers of two.
+    `log2(macs) / 2 - shortfall - lag / LAG`: the shortfall is how far the passes over the data, or the steps, fall
+    short of what such models need; the lag is how far the family was behind the best after equal seconds of training
+    on like data (`benchmarks/first_minutes.py`).
     """
     if math.isnan(candidate.step_s):
         return -math.inf
-    epochs = train_s / candidate.step_s * candidate.batch / max(samples, 1)
-    shortfall = max(0.0, math.log2(ENOUGH_EPOCHS / max(epochs, 1e-9)))
-    starved = 2.0 * max(0.0, math.log2(FEW_EPOCHS / max(epochs, 1e-9)))
-    return 0.5 * math.log2(max(float(candidate.cost["macs"] or 1), 1.0)) - 0.7 * shortfall - starved
+    steps = max(train_s / candidate.step_s, 1e-9)
+    epochs = steps * candidate.batch / max(samples, 1)
+    short = max(0.0, math.log2(ENOUGH_EPOCHS / epochs), math.log2(ENOUGH_STEPS / steps))
+    starved = max(0.0, math.log2(FEW_EPOCHS / epochs), math.log2(FEW_STEPS / steps))
+    lags = first_minutes().get(task, {})
+    lag = lags.get(candidate.system, max(lags.values(), default=0.0))
+    return 0.5 * math.log2(max(float(candidate.cost["macs"] or 1), 1.0)) - 0.7 * short - 2.0 * starved - lag / LAG
+
+
+@cache
+def first_minutes() -> dict[str, dict[str, float]]:
+    """For each task, a family's lag after the same short training: points of accuracy, or per cent of error."""
+    return json.loads(files("gossamer.fit").joinpath("first_minutes.json").read_text(encoding="utf-8"))
 
 
 def example_inputs(task: Task, data: Dataset, count: int = 1) -> tuple[Tensor, ...]:

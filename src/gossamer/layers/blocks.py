@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -51,6 +51,10 @@ class Block(nn.Module):
         drop_path: probability of dropping a branch for a sample.
     """
 
+    mixer: Any
+    mlp: Any
+    norm2: Any
+
     def __init__(
         self,
         dim: int,
@@ -72,9 +76,7 @@ class Block(nn.Module):
         self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
         self.norm2 = (norm(dim) if norm else nn.Identity()) if two else None
         self.mlp = mlp
-        self.scale2 = (
-            None if layer_scale is None or not two else nn.Parameter(torch.full((dim,), layer_scale))
-        )
+        self.scale2 = None if layer_scale is None or not two else nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path = DropPath(drop_path) if drop_path else None
 
     def forward(

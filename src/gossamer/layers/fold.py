@@ -6,7 +6,7 @@ A part states what can be folded: `norm_pairs` names each product and the norm t
 parts are listed here; a part of a single system says it of itself, as a class attribute.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ def norm_pairs(part: nn.Module) -> Pairs:
 
 
 @torch.no_grad()
-def _fold(product: nn.Module, norm: nn.Module) -> None:
+def _fold(product: Any, norm: Any) -> None:
     if norm.running_var is None:
         raise ValueError("a batch norm without running statistics cannot be folded; it normalises by each batch")
     gain = (norm.running_var + norm.eps).rsqrt()

@@ -8,9 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
-def mean_pool(
-    x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None
-) -> Float[Tensor, "b c"]:
+def mean_pool(x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None) -> Float[Tensor, "b c"]:
     """Mean over the (valid) tokens; a sample with none gives zeros."""
     x = x.flatten(1, -2)
     if mask is None:

@@ -4,7 +4,7 @@ A part with an inner width (hidden units of an MLP, heads of an attention) lists
 chosen few by slicing its own tensors in place. Structural pruning of our own models then needs no tracing.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -39,7 +39,7 @@ def slice_linear(linear: nn.Linear, index: Int[Tensor, " k"], *, inputs: bool) -
             linear.bias = nn.Parameter(linear.bias.detach()[index].clone())
 
 
-def slice_norm(norm: nn.Module, index: Int[Tensor, " k"]) -> None:
+def slice_norm(norm: Any, index: Int[Tensor, " k"]) -> None:
     """Keeps the channels `index` of a normalisation layer, in place."""
     for name in ("weight", "bias"):
         value = getattr(norm, name, None)

@@ -47,6 +47,7 @@ class ConvTokenizer(nn.Module):
             nn.Conv2d(a, b, kernel, self.stride, self.padding, bias=not pool) for a, b in pairwise(widths)
         )
         for conv in self.convs:
+            assert isinstance(conv, nn.Conv2d)
             nn.init.kaiming_normal_(conv.weight)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -90,6 +91,7 @@ class TextTokenizer(nn.Module):
         self.padding = max(1, kernel // 2) if pool else 0
         self.conv = Conv(word_dim, dim, kernel, stride=self.stride, padding=self.padding, bias=False, axes=1)
         # Gain and fan as for the authors' two-axis convolution over (words, channels of a word).
+        assert isinstance(self.conv, nn.Conv1d)
         nn.init.kaiming_normal_(self.conv.weight)
 
     def length(self, words: int) -> int:

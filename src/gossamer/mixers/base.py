@@ -45,14 +45,10 @@ class Mixer(nn.Module):
                 allowed = ", ".join(sorted(self.honours)) or "no keyword"
                 raise ValueError(f"mixer {self.name!r} cannot honour {name}=; it takes {allowed}")
         if self.grids and x.ndim - 2 not in self.grids:
-            raise ValueError(
-                f"mixer {self.name!r} works on {self.grids} grid axes, got input {tuple(x.shape)}"
-            )
+            raise ValueError(f"mixer {self.name!r} works on {self.grids} grid axes, got input {tuple(x.shape)}")
         return super().__call__(x, **given)
 
-    def initial_state(
-        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> Any:
+    def initial_state(self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
         """An empty decoding state; causal mixers override it."""
         raise ValueError(f"mixer {self.name!r} has no decoding form; use one of {list_mixers(causal=True)}")
 

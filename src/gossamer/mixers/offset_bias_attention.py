@@ -38,6 +38,8 @@ class OffsetBiasAttention(Mixer):
         resize: accept any grid, the matrix of biases resized bicubically as an image (EfficientFormer's dense form).
     """
 
+    bias_index: Tensor
+
     def __init__(
         self,
         dim: int,

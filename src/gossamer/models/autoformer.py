@@ -106,7 +106,7 @@ class SeasonTrendHead(nn.Module):
         return self.proj(self.norm(season)[:, known:]) + trend[:, known:]
 
 
-def _convert(model: nn.Module, state: State) -> State:
+def _convert(model: Any, state: State) -> State:
     return fuse_projections(state)
 
 

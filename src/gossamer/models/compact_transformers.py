@@ -102,7 +102,7 @@ class CompactTextStem(nn.Module):
         return self.drop(x), mask
 
 
-def _convert(model: nn.Module, state: State) -> State:
+def _convert(model: Any, state: State) -> State:
     stem = model.stem
     if isinstance(stem, CompactTextStem) and "stem.tokenizer.conv.weight" in state:
         # (dim, 1, words, channels of a word), a convolution over an image of one channel.
@@ -135,7 +135,7 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
         kernel, convs = 3, 1 if side < 20 else 2 if side < 48 else 3
     else:
         kernel, convs = 7, 3 if side > 320 or (side > 140 and size in ("xs", "s")) else 2
-    shape = dict(depth=depth, kernel=kernel, convs=convs, mlp_ratio=2.0)
+    shape: dict[str, Any] = dict(depth=depth, kernel=kernel, convs=convs, mlp_ratio=2.0)
     choices = [
         dict(dim=dim, hidden=max(4, dim * share // 48)) for dim in range(32, widest + 1, 32) for share in (8, 16)
     ]
@@ -306,6 +306,7 @@ def compact_transformer(
         if positions == "sinusoid":
             table = stem.positions
             del stem.positions
+            assert table is not None
             stem.positions = nn.Parameter(table, requires_grad=False)
         grid = (grid[0] * grid[1] + 1,) if token else grid
     options = dict(mixer_options or {})

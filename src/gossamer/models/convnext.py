@@ -44,7 +44,7 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     return "convnext_t", {**small_pyramid(spec, size, block=8, step=8), "layer_scale": None, "init_std": None, **spec}
 
 
-def _convert(model: nn.Module, state: State) -> State:
+def _convert(model: Any, state: State) -> State:
     return keep_backbone(model, state, "head.")
 
 

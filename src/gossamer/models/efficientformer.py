@@ -72,7 +72,7 @@ def _grid(size: tuple[int, ...], reduction: int) -> tuple[int, ...]:
     return tuple(-(-n // reduction) for n in size)
 
 
-def _convert(model: nn.Module, state: State) -> State:
+def _convert(model: Any, state: State) -> State:
     last = len(model.stages) - 1
     prefix = f"stages.{last}."
     # Blocks behind the flatten carry its index too: renumber what is there.
@@ -122,13 +122,13 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     stages = 1
     while stages < 5 and side / (strides[0] * strides[1] * 2 ** (stages - 1)) > 6:
         stages += 1
-    depths = depths[-stages:]
+    kept = depths[-stages:]
     first = [w for w in range(8, 257, 8) if w * 2 ** (stages - 1) <= widest]
-    best = min(first, key=lambda w: abs(_macs(spec, w, depths, strides) - target * 1e6))
+    best = min(first, key=lambda w: abs(_macs(spec, w, kept, strides) - target * 1e6))
     widths = tuple(best * 2**i for i in range(stages))
     options = dict(
         widths=widths,
-        depths=depths,
+        depths=kept,
         attention_blocks=attention_blocks,
         heads=max(1, widths[-1] // 32),
         key_dim=16,

@@ -77,7 +77,7 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     return "gam_base", {"dim": dim, "depth": depth, "slots": 2 * dim, "drop": 0.3, **spec}
 
 
-def _convert(model: nn.Module, state: State) -> State:
+def _convert(model: Any, state: State) -> State:
     head, words = state.pop("head.weight", None), state.get("stem.words.weight")
     if head is not None and words is not None and not head.is_meta and not head.equal(words):
         raise ValueError("head.weight and token_embedding.weight of the checkpoint differ; they are one tensor in GAM")

@@ -71,7 +71,7 @@ class Replicas(nn.Module):
         return torch.cat([encoder(x[:, n - n // 2**i :]) for i, encoder in enumerate(self.encoders)], 1)
 
 
-def _convert(model: nn.Module, state: State) -> State:
+def _convert(model: Any, state: State) -> State:
     return fuse_projections(state)
 
 

@@ -42,7 +42,7 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _convert(model: nn.Module, state: State) -> State:
+def _convert(model: Any, state: State) -> State:
     """Names the authors' flat list `network` (stages, merges and position maps in turn) by what its entries are."""
     named = {key: value for key, value in state.items() if not key.startswith("network.")}
     stage = -1

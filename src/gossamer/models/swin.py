@@ -96,7 +96,7 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     return "swin_t", {**settings, **spec}
 
 
-def _convert(model: nn.Module, state: State) -> State:
+def _convert(model: Any, state: State) -> State:
     own = model.state_dict()
     for key, value in state.items():
         if key not in own or own[key].shape == value.shape:

@@ -52,7 +52,7 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     return "vit_tiny_patch16_224", {"patch": patch, "dim": dim, "depth": depth, "heads": dim // 32, "pad": pad, **spec}
 
 
-def _convert(model: nn.Module, state: State) -> State:
+def _convert(model: Any, state: State) -> State:
     table = state.get("stem.positions")
     if table is not None and table.shape != model.stem.positions.shape:
         prefix = model.stem.tokens.shape[1] if model.stem.position_tokens else 0

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -42,5 +43,5 @@ class Isotropic(nn.Module):
         tokens, _ = self.encode(x)
         if tokens.ndim == 4:
             return [tokens]
-        h, w = self.stem.grid
+        h, w = cast(Any, self.stem).grid
         return [tokens[:, -h * w :].unflatten(1, (h, w))]

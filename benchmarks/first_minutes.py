@@ -1,0 +1,63 @@
+"""How soon each family learns from scratch: equal seconds of training on like data, one size each.
+
+`python benchmarks/first_minutes.py [--seconds 15]` writes `benchmarks/results/first_minutes.json` and, from it, the
+table that orders the candidates of a fit (`src/gossamer/fit/first_minutes.json`): for each task, the mean lag of a
+family behind the best one, in points of accuracy or in per cent of error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from gossamer.data import read_dataset
+from gossamer.fit.candidates import enumerate_candidates
+from gossamer.fit.race import DEFAULT_LR, make_trainer, system_lr
+from gossamer.fit.run import base_settings
+from gossamer.io import write_json
+from gossamer.measure import device_info
+from gossamer.tasks import create_task
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("GOSSAMER_DATA", ROOT.parent / "shared" / "data"))
+SOURCES = {"digits": "xs", "cifar10.tar.xz": "s", "sst2": "s", "ett/ETTh1.csv": "xs"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=15.0)
+    seconds = parser.parse_args().seconds
+    rows, lags = [], {}
+    for source, size in SOURCES.items():
+        data = read_dataset(source if source == "digits" else DATA / source)
+        task = create_task(data.task, data.spec, data.meta)
+        base = base_settings(data, 0)
+        values = {}
+        for candidate in enumerate_candidates(data):
+            if not candidate.name.endswith(f"-{size}"):
+                continue
+            trainer = make_trainer(candidate, task, data, base, system_lr(candidate, data.task), base.strength)
+            trainer.train(seconds=seconds)
+            value = trainer.evaluate(data.val, limit=2000)[task.metric]
+            values[candidate.system] = value
+            row = {"data": source, "candidate": candidate.name, task.metric: value, "steps": trainer.steps}
+            rows.append(row | {"precision": trainer.precision, "ms_a_step": 1e3 * seconds / max(trainer.steps, 1)})
+            print(row | {"precision": trainer.precision})
+        best = (max if task.maximise else min)(values.values())
+        for name, value in values.items():
+            lag = 100 * (best - value) if task.maximise else 100 * (value / best - 1)
+            lags.setdefault(data.task, {}).setdefault(name, []).append(lag)
+    table = {t: {n: round(sum(v) / len(v), 1) for n, v in by.items()} for t, by in lags.items()}
+    write_json(
+        ROOT / "benchmarks" / "results" / "first_minutes.json",
+        {"seconds": seconds, "device": device_info(), "default_lr": DEFAULT_LR, "rows": rows, "lags": table},
+    )
+    write_json(ROOT / "src" / "gossamer" / "fit" / "first_minutes.json", table)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count() or 1)
+    main()
