@@ -66,13 +66,17 @@ class Workshop:
 
     Args:
         folder: where the files go.
+        late: true when the time is nearly up: what is not needed for a result is then left out.
     """
 
-    def __init__(self, task: Task, data: Dataset, folder: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, task: Task, data: Dataset, folder: Path, *, tell: Callable[[str], None], late: Callable[[], bool]
+    ) -> None:
         self.task = task
         self.data = data
         self.folder = folder
         self.tell = tell
+        self.late = late
         self.one = example_inputs(task, data)
         self.points: list[Point] = []
 
@@ -105,7 +109,7 @@ class Workshop:
     def int8(self, base: Point, form: str = "int8") -> Point | None:
         """`base` with 8-bit weights and activations: the fastest way of quantising it that loses little.
 
-        Each mode of `quantize_onnx` is tried. Where even the best loses more than `LOSS`, the layers that a trial of
+        Each mode of `quantize_onnx` is tried, while there is time. Where even the best loses more than `LOSS`, the layers that a trial of
         each alone shows to lose most stay in floats. The result is a point, rolled back if the speed gate rejects it.
         """
         self.tell(f"quantising {base.name}")
@@ -117,6 +121,8 @@ class Workshop:
         tried: list[tuple[float, str, Path]] = []
         reasons = []
         for mode in MODES:
+            if tried and self.late():
+                break
             trial = path.with_name(f"{path.stem}-{mode}.onnx")
             try:
                 quantize_onnx(source, trial, feeds, mode=mode)
@@ -134,6 +140,10 @@ class Workshop:
             trial.replace(path)
         else:
             _, mode, trial = min(tried)
+            if self.late():
+                base.why = f"{base.why} int8 lost too much, and no time was left to find out where".strip()
+                trial.unlink()
+                return None
             worst = list(sensitivity(source, feeds[:2], mode=mode))[:MOST_EXCLUDED]
             quantize_onnx(source, path, feeds, mode=mode, exclude=worst)
             words = f", {len(worst)} layers left in floats"

@@ -90,6 +90,8 @@ class _Run:
         study = self._race(candidates)
         finalists = self._finish(study, candidates)
         if not finalists:
+            if self.clock.interrupted:
+                raise KeyboardInterrupt
             raise ValueError(f"no candidate learnt anything in {self.options.seconds:.0f} s; give it more --time")
         workshop = self._files(finalists)
         return self._conclude(candidates, study, finalists, workshop)
@@ -200,7 +202,8 @@ class _Run:
     def _files(self, finalists: list[Finalist]) -> Workshop:
         files = self.folder / "files"
         files.mkdir(exist_ok=True)
-        workshop = Workshop(self.task, self.data, files, self.progress.tell)
+        nearly = self.clock.total - 0.3 * self.clock.tail_s
+        workshop = Workshop(self.task, self.data, files, tell=self.progress.tell, late=lambda: self.clock.over(nearly))
         for finalist in finalists:
             point = workshop.export(finalist.candidate.name, "float32", finalist.model)
             workshop.int8(point)
