@@ -109,8 +109,9 @@ class Workshop:
     def int8(self, base: Point, form: str = "int8") -> Point | None:
         """`base` with 8-bit weights and activations: the fastest way of quantising it that loses little.
 
-        Each mode of `quantize_onnx` is tried, while there is time. Where even the best loses more than `LOSS`, the layers that a trial of
-        each alone shows to lose most stay in floats. The result is a point, rolled back if the speed gate rejects it.
+        Each mode of `quantize_onnx` is tried, while there is time. Where even the best loses more than `LOSS`, the
+        layers that a trial of each alone shows to lose most stay in floats. The result is a point, rolled back if the
+        speed gate rejects it.
         """
         self.tell(f"quantising {base.name}")
         source = Path(base.file)
