@@ -107,7 +107,8 @@ def test_the_average_follows_its_formula():
         ("linear", 1.5, 0, 0.0),
         ("cosine", 0.5, 0, 0.5),
         ("halve", 0.9, 0, 1.0),
-        ("halve", 0.1, 3, 0.125),
+        ("halve", 0.9, 1, 1.0),  # the official code halves after the second epoch first
+        ("halve", 0.1, 3, 0.25),
     ],
 )
 def test_schedules_have_their_textbook_values(schedule, progress, epoch, factor):

@@ -88,6 +88,7 @@ class _Run:
             return self._nothing(candidates)
         self.clock.tail_s = tail_seconds(usable, self.task, self.data, self.clock.total)
         study = self._race(candidates)
+        self.clock.save(now=True)  # a kill from here on does not open the race again
         finalists = self._finish(study, candidates)
         if not finalists:
             if self.clock.interrupted:
