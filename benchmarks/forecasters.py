@@ -40,7 +40,6 @@ def train(name: str, seed: int, out: Path, *, epochs: int | None, quick: bool) -
         seed=seed,
         options=WINDOW,
         model_options={**(TINY if quick else {}), "label_len": 48},
-        settings={"precision": "float32"},
     )
     measured = result["test"]
     published = PUBLISHED[name]

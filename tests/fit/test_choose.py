@@ -91,7 +91,7 @@ def test_noise_of_an_error_is_a_share_of_the_smallest() -> None:
 
 
 def test_forecasters_are_trained_without_augmentation_and_few_samples_in_small_batches() -> None:
-    few, many, series = toy_images(rows=60), toy_images(rows=2000), toy_series(rows=600)
-    assert base_settings(few, 0).batch_size == 16 < base_settings(many, 0).batch_size
+    few, many, series = toy_images(rows=60), toy_images(rows=6000), toy_series(rows=600)
+    assert base_settings(few, 0).batch_size == 32 < base_settings(many, 0).batch_size
     assert base_settings(series, 0).strength == 0
     assert base_settings(many, 7).seed == 7

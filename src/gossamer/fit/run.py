@@ -335,7 +335,7 @@ def tail_seconds(candidates: list[Candidate], task: Task, data: Dataset, total: 
 def base_settings(data: Dataset, seed: int) -> Settings:
     """Settings all trials share: batch size by the amount of data, smoothing and augmentation by the task."""
     count = len(data.train)
-    batch = int(min(128, max(16, 2 ** round(math.log2(max(count, 16) / 40)))))
+    batch = int(min(128, max(32, 2 ** round(math.log2(max(count, 80) / 80)))))
     if data.task == "forecasting":
         return Settings(batch_size=min(batch, 64), strength=0.0, weight_decay=0.01, warmup=20, seed=seed)
     smoothing = 0.1 if data.spec["num_classes"] > 2 else 0.05
