@@ -153,7 +153,9 @@ class Workshop:
         point = self._point(base.name, form, path, base.cost["params"], base.cost["macs"], base.model)
         point.certificate = {**base.certificate, "quantised": f"int8, {mode}, per channel{words}"}
         verdict = speed_gate(self._caller(base.file), self._caller(path), what="int8")
-        point.cost["latency"], point.interval = verdict.after.median_ms, (verdict.after.low_ms, verdict.after.high_ms)
+        # Both were timed again, interleaved: these figures compare, those of different minutes may not.
+        for timed, one in ((base, verdict.before), (point, verdict.after)):
+            timed.cost["latency"], timed.interval = one.median_ms, (one.low_ms, one.high_ms)
         point.why = verdict.why
         if not verdict.passed:
             point.status = "rolled back"

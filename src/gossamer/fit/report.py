@@ -84,7 +84,7 @@ def _front(results: dict[str, Any]) -> Any:
                 fontsize=6.5,
                 color="#8b929b",
             )
-    for p in results["points"]:
+    for place, p in enumerate(results["points"]):
         x, (low, high) = p["cost"]["latency"], p["interval"]
         winner = p["status"] == "winner"
         colour = "#c8553d" if winner else "#b9bfc7" if p["status"] == "rolled back" else "#1f5fa8"
@@ -100,8 +100,9 @@ def _front(results: dict[str, Any]) -> Any:
             capsize=2,
             zorder=3,
         )
+        words = {"textcoords": "offset points", "fontsize": 7.5, "color": colour}
         label = f"{p['name']} {p['form']}" + (" (winner)" if winner else "")
-        axis.annotate(label, (x, p["val"]), xytext=(6, -11), textcoords="offset points", fontsize=7.5, color=colour)
+        axis.annotate(label, (x, p["val"]), xytext=(6, (7, -12, 16, -21)[place % 4]), **words)
     best = sorted((p["cost"]["latency"], p["val"]) for p in results["points"] if p["status"] in ("front", "winner"))
     if len(best) > 1:
         axis.step(*zip(*best, strict=True), where="post", color="#1f5fa8", lw=1, alpha=0.5, zorder=2)
