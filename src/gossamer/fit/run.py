@@ -169,6 +169,8 @@ class _Run:
         if not ranked:
             return []
         best = ranked[0]
+        # Now that it is known whose files there will be, the time they take is known better too.
+        self.clock.tail_s = tail_seconds([by_name[best.params["candidate"]]], self.task, self.data, self.clock.total)
         latency = by_name[best.params["candidate"]].cost["latency"] or math.inf
         cheaper = [
             t for t in ranked[1:] if (by_name[t.params["candidate"]].cost["latency"] or math.inf) < CHEAPER * latency
