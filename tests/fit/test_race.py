@@ -17,7 +17,8 @@ from optuna.trial import TrialState, create_trial
 from gossamer.data.builtin import toy_images, toy_series
 from gossamer.fit import race as module
 from gossamer.fit.candidates import Candidate
-from gossamer.fit.race import DEFAULT_LR, LR, Race, ranking, state_file, system_lr
+from gossamer.fit.finish import overfits
+from gossamer.fit.race import DEFAULT_LR, LR, Race, by_family, ranking, state_file, system_lr
 from gossamer.fit.run import base_settings
 from gossamer.models.registry import SystemEntry
 from gossamer.tasks import create_task
@@ -129,17 +130,31 @@ def test_of_errors_the_smallest_third_goes_on(tmp_path: Path) -> None:
     assert not here._weak(99, 0, 0.1)
 
 
-def test_the_ranking_puts_trials_of_the_last_rung_first_and_leaves_out_those_without_a_value(
-    study: optuna.Study,
-) -> None:
+def test_the_ranking_is_by_value_and_leaves_out_trials_without_one(study: optuna.Study) -> None:
     early = add(study, [0.95], state=TrialState.PRUNED)
     second = add(study, [0.5, 0.6, 0.7])
     best = add(study, [0.4, 0.6, 0.8])
     late = add(study, [0.96], state=TrialState.PRUNED)
     add(study, [], state=TrialState.FAIL)
     add(study, [0.99], state=TrialState.RUNNING)
-    assert [t.number for t in ranking(study, True)] == [best, second, late, early]
+    assert [t.number for t in ranking(study, True)] == [late, early, best, second]
     assert [t.number for t in ranking(study, False)] == [second, best, early, late]
+
+
+def test_every_family_is_tried_before_a_second_size_of_any() -> None:
+    order = by_family([candidate(n) for n in ("gam-s", "gam-xs", "swin-s", "gam-m", "swin-xs", "deit-s")])
+    assert [c.name for c in order] == ["gam-s", "swin-s", "deit-s", "gam-xs", "swin-xs", "gam-m"]
+
+
+def test_a_trial_that_got_worse_is_known_to_overfit(study: optuna.Study) -> None:
+    numbers = [add(study, rungs) for rungs in ([0.5, 0.7, 0.6], [0.5, 0.6, 0.7])]
+    worse, better = (study.trials[n] for n in numbers)
+    worse.set_user_attr("best_seconds", 2.0)
+    worse.set_user_attr("curve", [{"seconds": 2.0}, {"seconds": 4.0}])
+    better.set_user_attr("best_seconds", 4.0)
+    better.set_user_attr("curve", [{"seconds": 2.0}, {"seconds": 4.0}])
+    assert overfits(worse)
+    assert not overfits(better)
 
 
 def test_every_candidate_is_tried_once_in_its_order_before_any_is_tried_again(

@@ -2,11 +2,14 @@
 
 - warm-up/stable/decay: the race trained at a constant rate, so nothing is lost or done twice
 - a cheaper candidate is then taught by the best one, if a short trial of both ways shows that teaching helps
+- a trial that was overfitting goes on from its best state, for no longer than it took to get there
+- what the finish began with is kept if it is better than what came out
 - the state is on disk every few seconds: a killed finish goes on where it was
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,6 +83,8 @@ def finish(
         extra = made.load(start) if start.exists() else {}
         return made, extra
 
+    if overfits(trial):
+        seconds = min(seconds, float(trial.user_attrs["best_seconds"]))
     state, taught = place / "state.pt", ""
     start = state_file(trials, trial.number)
     if not start.exists():  # raced on another machine: trained again from the beginning, at its settings
@@ -93,10 +98,15 @@ def finish(
         learn_from, taught = _probe(trainer_from, start, teacher, task, data, seconds * PROBE_SHARE, stop, tell)
         seconds *= 1 - 2 * PROBE_SHARE
     trainer, extra = trainer_from(state if state.exists() else start, learn_from)
+    begun = place / "begun"
     curve: list[dict[str, float]] = list(extra.get("finish_curve", []))
     if not state.exists():
         trainer.begin_phase()
-        write_json(place / "way.json", {"taught": taught, "teach": learn_from is not None, "seconds": seconds})
+        with trainer.averaged():
+            save(trainer.model, begun)
+        way = {"taught": taught, "teach": learn_from is not None, "seconds": seconds}
+        before = float(trainer.evaluate(data.val)[task.metric]) if trainer.steps else None
+        write_json(place / "way.json", {**way, "before": before})
     last = time.perf_counter()
     shown: list[float] = []
 
@@ -123,12 +133,23 @@ def finish(
     tell(f"finishing {candidate.name}")
     trainer.train(seconds=seconds, schedule="linear", on_step=on_step, stop=stop)
     value = float(trainer.evaluate(data.val)[task.metric])
-    with trainer.averaged():
-        save(trainer.model, place / "model")
+    before = read_json(place / "way.json")["before"]
+    if before is not None and (before > value) == task.maximise and before != value:
+        value = before
+        shutil.copytree(begun, place / "model", dirs_exist_ok=True)
+    else:
+        with trainer.averaged():
+            save(trainer.model, place / "model")
     kept = {"val": value, "curve": curve, "precision": trainer.precision, "taught": taught}
     write_json(done, kept)
     state.unlink(missing_ok=True)
     return Finalist(candidate, load(place / "model"), trial.number, lr=lr, strength=strength, **kept)
+
+
+def overfits(trial: FrozenTrial) -> bool:
+    """Whether the trial was better at an earlier rung than where the race left it."""
+    curve = trial.user_attrs.get("curve", [])
+    return bool(curve) and float(trial.user_attrs["best_seconds"]) < curve[-1]["seconds"]
 
 
 def _probe(

@@ -2,7 +2,8 @@
 
 - a rung is a span of training time, each twice the last; all trials are compared at equal training time
 - a trial goes on while it is among the best third at its rung, or not distinguishable from the best
-- first each candidate once with default settings, best prior first; then the leaders with settings sampled by TPE
+- first each candidate once with default settings, every family's best prior first; then the leaders with settings
+  sampled by TPE
 - a trial's state is on disk at every rung: the finish goes on from there, and a killed trial is taken up again
 - any number of processes may work on one study (`--storage`, `--join`)
 
@@ -75,7 +76,7 @@ class Race:
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.study = study
-        self.candidates = {c.name: c for c in candidates if c.status in ("ready", "int8")}
+        self.candidates = {c.name: c for c in by_family(candidates) if c.status in ("ready", "int8")}
         self.task = task
         self.data = data
         self.folder = folder
@@ -139,27 +140,37 @@ class Race:
                     "value": value,
                 }
                 curve.append({k: float(v) for k, v in point.items()} | {"rung": int(point["rung"])})
-                trainer.save(state, curve=curve)
+                best = self._best(curve)
+                # A trial that gets worse has begun to overfit: its best state is the one to go on from.
+                if best is curve[-1]:
+                    trainer.save(state, curve=curve)
+                trial.set_user_attr("best_seconds", best["seconds"])
                 trial.set_user_attr("curve", curve)
                 trial.set_user_attr("samples", trainer.samples)
                 trial.set_user_attr("precision", trainer.precision)
                 if not whole:
                     trial.set_user_attr("why", "the time of the race was over")
-                    trial.set_user_attr("value", value)
+                    trial.set_user_attr("value", best["value"])
                     self.study.tell(trial, state=TrialState.PRUNED)
                     return
             trial.report(value, rung)
             if self._weak(trial.number, rung, value):
                 trial.set_user_attr("why", f"weaker than others after {self.unit_s * factor:.0f} s of training")
-                trial.set_user_attr("value", value)
+                trial.set_user_attr("value", self._best(curve)["value"])
                 self.study.tell(trial, state=TrialState.PRUNED)
                 return
         if math.isnan(value):
             trial.set_user_attr("why", "the race was over before it had learnt anything")
             self.study.tell(trial, state=TrialState.PRUNED)
             return
+        value = self._best(curve)["value"]
         trial.set_user_attr("value", value)
         self.study.tell(trial, value)
+
+    def _best(self, curve: list[dict[str, float]]) -> dict[str, float]:
+        """The point of a learning curve with the best value, the latest of equals."""
+        sign = 1 if self.task.maximise else -1
+        return max(reversed(curve), key=lambda point: sign * point["value"])
 
     def _weak(self, number: int, rung: int, value: float) -> bool:
         """Whether `value` is neither in the best third of what reached this rung nor as good as the best."""
@@ -224,15 +235,23 @@ class Race:
 
 
 def ranking(study: optuna.Study, maximise: bool) -> list[FrozenTrial]:
-    """Trials with a value, those trained longest first where a longer one is not worse, best first."""
+    """Trials with a value, best first, each at its best: one stopped early stands where it stood then."""
     done = [
         t
         for t in study.get_trials(deepcopy=False)
         if "value" in t.user_attrs and t.state in (TrialState.COMPLETE, TrialState.PRUNED)
     ]
-    sign = 1 if maximise else -1
-    # Values at different rungs do not compare: a trial stopped early lost to those that went on.
-    return sorted(done, key=lambda t: (t.state == TrialState.COMPLETE, sign * t.user_attrs["value"]), reverse=True)
+    return sorted(done, key=lambda t: t.user_attrs["value"], reverse=maximise)
+
+
+def by_family(candidates: list[Candidate]) -> list[Candidate]:
+    """The best of each family first, then the second best of each, and so on; families in their first one's order."""
+    turns: dict[str, int] = {}
+    placed = []
+    for candidate in candidates:
+        turn = turns[candidate.system] = turns.get(candidate.system, -1) + 1
+        placed.append((turn, candidate))
+    return [candidate for _, candidate in sorted(placed, key=lambda place: place[0])]
 
 
 def state_file(folder: Path, number: int) -> Path:

@@ -43,6 +43,8 @@ UNIT_SHARE = 1 / 14
 SECOND_FROM_S, SECOND_SHARE = 480.0, 0.25
 # And a pruned copy of the best is recovered for this share of the whole time.
 PRUNE_FROM_S, PRUNE_SHARE = 240.0, 0.06
+# Others are finished as well while the first have left at least a fifth of the time, up to this many.
+MOST_FINALISTS = 4
 # A finalist as cheap as this share of the best one's latency is worth having beside it.
 CHEAPER = 0.7
 
@@ -181,9 +183,8 @@ class _Run:
         share = 1 - SECOND_SHARE if second else 1.0
         marks = [self.clock.used + left * share, self.clock.used + left]
         finalists: list[Finalist] = []
-        for trial, mark in zip([best, *cheaper[:1]] if second else [best], marks, strict=False):
-            if finalists and self.clock.interrupted:
-                break
+
+        def end(trial: optuna.trial.FrozenTrial, mark: float, teacher: Finalist | None) -> None:
             finalists.append(
                 finish(
                     trial,
@@ -196,11 +197,26 @@ class _Run:
                     seconds=max(0.0, mark - self.clock.used),
                     stop=lambda: self.clock.over(math.inf),
                     tell=self.progress.tell,
-                    teacher=finalists[0] if finalists else None,
+                    teacher=teacher,
                 )
             )
-            self.progress.best = f"{finalists[0].candidate.name} {self.task.metric} {finalists[0].val:.4f}"
-        return finalists
+            top = self._best(finalists)
+            self.progress.best = f"{top.candidate.name} {self.task.metric} {top.val:.4f}"
+
+        end(best, marks[0], None)
+        if second and not self.clock.interrupted:
+            end(cheaper[0], marks[1], finalists[0])
+        # Where the best had learnt all it could before its time was up, others get what is left.
+        for trial in ranked[1:]:
+            known = {f.candidate.name for f in finalists}
+            if len(finalists) > MOST_FINALISTS or self.clock.used > marks[-1] - 0.2 * left or self.clock.interrupted:
+                break
+            if trial.params["candidate"] not in known:
+                end(trial, marks[-1], None)
+        return sorted(finalists, key=lambda f: f is not self._best(finalists))
+
+    def _best(self, finalists: list[Finalist]) -> Finalist:
+        return (max if self.task.maximise else min)(finalists, key=lambda f: f.val)
 
     def _files(self, finalists: list[Finalist]) -> Workshop:
         files = self.folder / "files"
