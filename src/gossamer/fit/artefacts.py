@@ -128,7 +128,7 @@ class Workshop:
             try:
                 quantize_onnx(source, trial, feeds, mode=mode)
             except Exception as error:  # a graph that a mode cannot take is tried in the next
-                reasons.append(f"{mode}: {str(error).splitlines()[0]}")
+                reasons.append(f"{mode}: {str(error).splitlines()[0].replace(str(source), source.name)}")
                 continue
             tried.append((file_cost(trial, self.one)[0], mode, trial))
         if not tried:
