@@ -1,12 +1,16 @@
 """Shared parts: residual styles, norms, pruning and folding are exact; tokenisers and positions do what they say."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from gossamer.layers import BatchNorm, Block, ConvNorm, DropPath, GroupNorm1, Mlp, PatchEmbed, sinusoid
+from gossamer.layers.conv import SqueezeExcite
 from gossamer.layers.fold import fold_batch_norm
+from gossamer.layers.mlp import ConvMlp
 from gossamer.layers.tokenizer import ConvTokenizer, TextTokenizer
 
 
@@ -133,3 +137,33 @@ def test_sinusoids_of_far_positions_are_exact() -> None:
     table = sinusoid(5000, 6)
     angle = torch.tensor(4999.0, dtype=torch.float64) / 10000 ** (2 / 6)
     torch.testing.assert_close(table[4999, 2:4], torch.stack((angle.sin(), angle.cos())).float(), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_conv_mlp_keeps_the_units_it_is_told_to(residual) -> None:
+    mlp = ConvMlp(4, 10, before=nn.ReLU, residual=residual)
+    cut = copy.deepcopy(mlp)
+    index = torch.tensor([1, 4, 8])
+    cut.keep("hidden", index)
+    with torch.no_grad():
+        rest = [i for i in range(10) if i not in index]
+        mlp.fc2.weight[:, rest] = 0
+    x = torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(cut(x), mlp(x))
+    assert cut.widths() == {"hidden": 3}
+
+
+def test_conv_mlp_reads_its_neighbours_and_no_further() -> None:
+    mlp = ConvMlp(4, 8)
+    x = torch.randn(1, 7, 7, 4, requires_grad=True)
+    mlp(x)[0, 3, 3].sum().backward()
+    seen = x.grad.abs().sum(-1)[0] > 0
+    assert seen[2:5, 2:5].all()
+    assert seen.sum() == 9
+
+
+def test_squeeze_excite_weighs_channels_by_what_all_places_say() -> None:
+    part = SqueezeExcite(6, 3)
+    x = torch.randn(2, 4, 5, 6)
+    gate = torch.sigmoid(part.fc2(nn.functional.silu(part.fc1(x.mean((1, 2))))))
+    torch.testing.assert_close(part(x), x * gate[:, None, None])

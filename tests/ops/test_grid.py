@@ -103,3 +103,12 @@ def test_grids_of_two_axes_are_laid_out_as_the_unfold_of_pytorch() -> None:
     x = torch.randn(2, 6, 8, 3)
     unfolded = F.unfold(x.movedim(-1, 1), (3, 4), stride=(3, 4)).unflatten(1, (3, 12)).permute(0, 3, 2, 1)
     assert torch.equal(g.windows(x, (3, 4)), unfolded.flatten(0, 1))
+
+
+@pytest.mark.parametrize(("length", "kernel", "stride"), [(5, 3, 2), (6, 3, 2), (7, 3, 1), (4, 2, 2), (5, 2, 2)])
+def test_same_padding_gives_a_window_to_every_stride_and_the_odd_token_to_the_end(length, kernel, stride) -> None:
+    padded = g.pad_same(torch.ones(1, length, length, 1), kernel, stride, value=-1.0)
+    line = padded[0, :, padded.shape[2] // 2, 0]
+    assert (len(line) - kernel) // stride + 1 == -(-length // stride)
+    front = int((line == -1).int().cumprod(0).sum())
+    assert len(line) - length - front in (front, front + 1)

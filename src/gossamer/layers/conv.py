@@ -79,6 +79,36 @@ class ConvNorm(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
 
+class SqueezeExcite(nn.Module):
+    """`y = x * gate(W2 act(W1 mean(x)))`: every channel is weighted by what all places say together.
+
+    Source: Hu et al. 2018, "Squeeze-and-Excitation Networks", section 3.
+
+    Args:
+        dim: channels.
+        hidden: channels between the two products.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        act: Callable[[], nn.Module] = nn.SiLU,
+        gate: Callable[[], nn.Module] = nn.Sigmoid,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = act()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.gate = gate()
+
+    def forward(self, x: Float[Tensor, "b *grid c"]) -> Float[Tensor, "b *grid c"]:
+        seen = x.flatten(1, -2).mean(1)
+        weight = self.gate(self.fc2(self.act(self.fc1(seen))))
+        return x * weight.view(x.shape[0], *[1] * (x.ndim - 2), -1)
+
+
 def max_pool(x: Float[Tensor, "b h w c"], size: int, stride: int, padding: int) -> Float[Tensor, "b i j c"]:
     """Max-pooling of a channels-last map."""
     return F.max_pool2d(x.movedim(-1, 1), size, stride, padding).movedim(1, -1)

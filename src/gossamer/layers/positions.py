@@ -1,4 +1,4 @@
-"""Where a token is: sinusoid tables, learned tables, and resizing either to another grid."""
+"""Where a token is: sinusoid tables, learned tables, resizing either to another grid, and positions by convolution."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from gossamer.layers.conv import Conv
 
 
 def sinusoid(length: int, dim: int, *, base: float = 10000.0) -> Float[Tensor, "n c"]:
@@ -66,3 +68,17 @@ class GridPositions(nn.Module):
                 f"the position table is for a {old[0]}x{old[1]} grid, got {new[0]}x{new[1]}; give img_size="
             )
         return x + resize_positions(self.table.flatten(1, 2), old, new).unflatten(1, new)
+
+
+class ConvPositions(nn.Module):
+    """`y = x + D x`, D a depth-wise convolution whose zero border tells where a token is; any grid.
+
+    Source: Chu et al. 2021, "Conditional Positional Encodings for Vision Transformers", section 3.2.
+    """
+
+    def __init__(self, dim: int, kernel: int = 3, axes: int = 2) -> None:
+        super().__init__()
+        self.conv = Conv(dim, dim, kernel, groups=dim, axes=axes)
+
+    def forward(self, x: Float[Tensor, "b *grid c"]) -> Float[Tensor, "b *grid c"]:
+        return x + self.conv(x)

@@ -39,6 +39,14 @@ def slice_linear(linear: nn.Linear, index: Int[Tensor, " k"], *, inputs: bool) -
             linear.bias = nn.Parameter(linear.bias.detach()[index].clone())
 
 
+def slice_depthwise(conv: Any, index: Int[Tensor, " k"]) -> None:
+    """Keeps the channels `index` of a depth-wise convolution, in place."""
+    conv.weight = nn.Parameter(conv.weight.detach()[index].clone())
+    if conv.bias is not None:
+        conv.bias = nn.Parameter(conv.bias.detach()[index].clone())
+    conv.in_channels = conv.out_channels = conv.groups = len(index)
+
+
 def slice_norm(norm: Any, index: Int[Tensor, " k"]) -> None:
     """Keeps the channels `index` of a normalisation layer, in place."""
     for name in ("weight", "bias"):

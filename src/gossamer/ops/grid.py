@@ -37,6 +37,17 @@ def crop(x: Float[Tensor, "b *padded c"], grid: Sequence[int]) -> Float[Tensor, 
     return x
 
 
+def pad_same(
+    x: Float[Tensor, "b *grid c"], kernel: int, stride: int, value: float = 0.0
+) -> Float[Tensor, "b *padded c"]:
+    """TensorFlow's SAME padding: windows of `kernel` at `stride` then give `ceil(grid / stride)` answers.
+
+    `missing = max((ceil(g / stride) - 1) stride + kernel - g, 0)`, half of it, rounded down, in front.
+    """
+    missing = [max((-(-g // stride) - 1) * stride + kernel - g, 0) for g in x.shape[1:-1]]
+    return F.pad(x, [0, 0] + [p for m in reversed(missing) for p in (m // 2, m - m // 2)], value=value)
+
+
 def windows(x: Float[Tensor, "b *grid c"], size: Sequence[int]) -> Float[Tensor, "bw n c"]:
     """Non-overlapping windows of `size` tokens: `(b * windows, prod(size), c)`.
 
