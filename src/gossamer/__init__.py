@@ -25,6 +25,7 @@ _HOME = {
     "save": "gossamer.shrink.recipe",
 }
 _FLOORS = (
+    "bench",
     "catalogue",
     "data",
     "fit",

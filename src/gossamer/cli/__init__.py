@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from gossamer import __version__
-from gossamer.cli import advise, export, fit, info, listing, measure, predict, train
+from gossamer.cli import advise, bench, export, fit, info, listing, measure, predict, train
 from gossamer.cli.group import OneLineErrors
 
 __all__ = ["app", "main"]
@@ -34,6 +34,7 @@ app.command("info")(info.command)
 app.command("measure")(measure.command)
 app.command("train")(train.command)
 app.command("export")(export.command)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(asked: bool) -> bool:

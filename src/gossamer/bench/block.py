@@ -1,0 +1,31 @@
+"""A mixer by name, made the same way for every comparison."""
+
+from __future__ import annotations
+
+import inspect
+from math import log
+from typing import Any
+
+from gossamer.mixers import Mixer, create_mixer, mixer_class
+
+HEAD_WIDTH = 32
+
+
+def heads_for(dim: int) -> int:
+    """Heads of about 32 channels; an even number where one divides, since some mechanisms part them in halves."""
+    even = [h for h in range(2, dim + 1, 2) if dim % h == 0]
+    return min(even or [1], key=lambda h: abs(log(dim / h / HEAD_WIDTH)))
+
+
+def make_mixer(name: str, dim: int, grid: tuple[int, ...], heads: int) -> Mixer:
+    """The mixer with its paper's defaults but for `heads`, bound to `grid` where it is bound to one."""
+    known = inspect.signature(mixer_class(name).__init__).parameters
+    options: dict[str, Any] = {"heads": heads} if "heads" in known else {}
+    if "axes" in known and "grid" not in known:
+        options["axes"] = len(grid)
+    return create_mixer(name, dim, grid=grid, **options)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
