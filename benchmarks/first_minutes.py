@@ -15,8 +15,7 @@ import torch
 
 from gossamer.data import read_dataset
 from gossamer.fit.candidates import enumerate_candidates
-from gossamer.fit.race import DEFAULT_LR, make_trainer, system_lr
-from gossamer.fit.run import base_settings
+from gossamer.fit.race import DEFAULT_LR, base_settings, make_trainer, system_lr
 from gossamer.io import write_json
 from gossamer.measure import device_info
 from gossamer.tasks import create_task

@@ -51,7 +51,7 @@ def test_an_archive_is_read_once_and_mapped_from_the_cache_afterwards(class_fold
     with tarfile.open(archive, "w") as file:
         file.add(root, ".")
     first = read_dataset(archive)
-    monkeypatch.setattr(cache, "_members", lambda *_: pytest.fail("the archive was opened again"))
+    monkeypatch.setattr(cache, "members", lambda *_: pytest.fail("the archive was opened again"))
     monkeypatch.setattr(images, "to_array", lambda *_: pytest.fail("an image was decoded again"))
     again = read_dataset(archive)
     assert torch.equal(first.train.inputs[0], again.train.inputs[0])

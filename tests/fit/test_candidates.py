@@ -145,13 +145,21 @@ def test_candidates_are_ready_or_fit_as_int8_or_are_left_out_with_the_reason(mea
     assert [c.status for c in found[:2]] == ["ready", "int8"]
 
 
-def test_small_sizes_are_measured_before_large_ones_and_the_rest_is_not_once_time_is_over(measured: Any) -> None:
+def test_small_sizes_of_quick_learners_are_measured_first_and_the_rest_not_once_time_is_over(measured: Any) -> None:
     costs = {"a-l": (1.0, 1.0, None), "a-xs": (1.0, 1.0, None), "b-xs": (1.0, 1.0, None)}
     calls = iter([False, False, True, True, True])
     found, asked = measured(costs, {}, stop=lambda: next(calls))
     assert asked["float"] == ["a-xs", "b-xs"]
     left = {c.name: c.why for c in found if c.status == "not measured"}
     assert left == dict.fromkeys(("a-l", "broken-s"), "the time for measuring was over")
+
+
+def test_a_family_that_lags_is_measured_after_larger_sizes_of_those_that_do_not(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "first_minutes", lambda: {TASK: {"quick": 0.0, "slow": 1.5 * module.LAG}})
+    listed = [Candidate(f"{s}-{size}", s, s) for s in ("slow", "quick", "unknown") for size in ("m", "s", "xs")]
+    order = [c.name for c in module._promising_first(listed, TASK)]
+    assert order[:4] == ["quick-xs", "quick-s", "slow-xs", "unknown-xs"]
+    assert order[-1] == "unknown-m"
 
 
 def test_a_cost_once_measured_on_this_device_is_not_measured_again(measured: Any) -> None:

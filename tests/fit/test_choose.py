@@ -7,7 +7,8 @@ import pytest
 
 from gossamer.data.builtin import toy_images, toy_series
 from gossamer.fit.artefacts import Point, choose
-from gossamer.fit.run import base_settings, metric_noise
+from gossamer.fit.race import base_settings
+from gossamer.fit.run import metric_noise
 from gossamer.tasks import create_task
 
 

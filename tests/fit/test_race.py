@@ -18,8 +18,7 @@ from gossamer.data.builtin import toy_images, toy_series
 from gossamer.fit import race as module
 from gossamer.fit.candidates import Candidate
 from gossamer.fit.finish import overfits
-from gossamer.fit.race import DEFAULT_LR, LR, Race, by_family, ranking, state_file, system_lr
-from gossamer.fit.run import base_settings
+from gossamer.fit.race import DEFAULT_LR, LR, Race, base_settings, by_family, ranking, state_file, system_lr
 from gossamer.models.registry import SystemEntry
 from gossamer.tasks import create_task
 

@@ -1,5 +1,8 @@
 """The fused linear layer equals the plain one, and stands aside wherever something else is meant."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -94,3 +97,20 @@ def test_small_products_are_left_to_the_layer(monkeypatch) -> None:
     with torch.no_grad():
         linear(nn.Linear(7, 5), torch.randn(3, 7))
     assert spy.calls == 1
+
+
+def test_a_compiler_sees_one_graph_and_the_same_numbers() -> None:
+    # In a process of its own: a compiler cannot trace the checks that the tests put around every function.
+    program = """
+import torch
+from torch import nn
+from gossamer.layers.linear import _gains, linear
+layer, act = nn.Linear(256, 512), nn.GELU()
+x = torch.randn(2**23 // (256 * 512) + 1, 256, requires_grad=True)
+assert _gains(layer, x)
+compiled = torch.compile(lambda x: linear(layer, x, act), backend="eager", fullgraph=True)
+torch.testing.assert_close(compiled(x), act(layer(x)))
+with torch.no_grad():
+    torch.testing.assert_close(compiled(x), act(layer(x)))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

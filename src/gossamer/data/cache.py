@@ -22,7 +22,7 @@ from pathlib import Path
 
 from gossamer.data.base import DataError
 from gossamer.io import safe_extract
-from gossamer.io.archive import _members, _parts
+from gossamer.io.archive import members, safe_parts
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 IN_MEMORY = 2**30  # bytes
@@ -178,8 +178,8 @@ class Packed:
         content: dict[Parts, bytes] = {}
         left = IN_MEMORY
         try:
-            for member in _members(self.archive, IN_MEMORY):
-                parts = tuple(_parts(member.name))
+            for member in members(self.archive, IN_MEMORY):
+                parts = tuple(safe_parts(member.name))
                 if member.kind == "folder":
                     self.folders.add(parts)
                 elif member.kind != "file" or member.content is None:

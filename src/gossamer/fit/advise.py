@@ -7,7 +7,7 @@ from typing import Any
 
 from gossamer.data import read_dataset
 from gossamer.fit.candidates import enumerate_candidates, measure_candidates
-from gossamer.fit.run import base_settings
+from gossamer.fit.race import base_settings
 from gossamer.measure import device_info
 from gossamer.tasks import create_task
 

@@ -131,7 +131,7 @@ def measure_candidates(
     """
     table = LatencyTable()
     inputs = example_inputs(task, data)
-    for candidate in _cheap_first(candidates):
+    for candidate in _promising_first(candidates, data.task):
         if stop():
             candidate.why = "the time for measuring was over"
             continue
@@ -180,10 +180,8 @@ def prior(candidate: Candidate, task: str, samples: int, train_s: float) -> floa
     epochs = steps * candidate.batch / max(samples, 1)
     short = max(0.0, math.log2(ENOUGH_EPOCHS / epochs), math.log2(ENOUGH_STEPS / steps))
     starved = max(0.0, math.log2(FEW_EPOCHS / epochs), math.log2(FEW_STEPS / steps))
-    lags = first_minutes().get(task, {})
-    lag = lags.get(candidate.system, max(lags.values(), default=0.0))
     work = WORK[task] * math.log2(max(float(candidate.cost["macs"] or 1), 1.0))
-    return work - 0.7 * short - 2.0 * starved - lag / LAG
+    return work - 0.7 * short - 2.0 * starved - lag(candidate, task) / LAG
 
 
 @cache
@@ -280,18 +278,19 @@ def _step_seconds(model: nn.Module, task: Task, data: Dataset, batch_size: int) 
     return min(times)
 
 
-def _cheap_first(candidates: list[Candidate]) -> list[Candidate]:
-    """Small sizes of every family before large ones, so that a short time sees every family; then fewest weights."""
+def _promising_first(candidates: list[Candidate], task: str) -> list[Candidate]:
+    """Small sizes of the families that learn soonest first: a family `LAG` behind stands a size behind."""
 
-    def weights(candidate: Candidate) -> float:
-        try:
-            with torch.device("meta"):
-                return parameters(candidate.build())
-        except Exception:  # told when it is measured
-            return math.inf
+    def place(candidate: Candidate) -> float:
+        return SIZES.index(candidate.name.rpartition("-")[2]) + lag(candidate, task) / LAG
 
-    sizes = {c.name: SIZES.index(c.name.rpartition("-")[2]) for c in candidates}
-    return sorted(candidates, key=lambda c: (sizes[c.name], weights(c)))
+    return sorted(candidates, key=place)
+
+
+def lag(candidate: Candidate, task: str) -> float:
+    """How far the candidate's family was behind the best one after the first minutes; the furthest if not known."""
+    lags = first_minutes().get(task, {})
+    return lags.get(candidate.system, max(lags.values(), default=0.0))
 
 
 def _key(candidate: Candidate, inputs: tuple[Tensor, ...], batch_size: int) -> str:

@@ -95,7 +95,9 @@ class FitResult:
             closest = r["closest"]
             cost = over_budget(closest["cost"], r["budget"]) if closest else "no candidate could be measured"
             name = f"the closest is {closest['name']}: " if closest else ""
-            return f"nothing meets the budget; {name}{cost}\nreport: {self.folder / 'report.html'}"
+            missed = sum(c["status"] == "not measured" for c in r["candidates"])
+            rest = f"; {missed} candidates were not measured in the time given" if missed else ""
+            return f"nothing meets the budget; {name}{cost}{rest}\nreport: {self.folder / 'report.html'}"
         cost, score = winner["cost"], winner["test"][r["metric"]]
         lines = [
             f"winner   {winner['name']} ({winner['form']})",

@@ -12,6 +12,8 @@ Source: Li et al. 2018, "A System for Massively Parallel Hyperparameter Tuning" 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import socket
@@ -27,6 +29,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gossamer.data.base import Dataset
 from gossamer.fit.candidates import Candidate
+from gossamer.fit.clock import MEASURED_BY, RACED_BY
+from gossamer.fit.options import FitOptions
 from gossamer.layers.init import init_by_width
 from gossamer.models.registry import system
 from gossamer.tasks.base import Task
@@ -35,6 +39,8 @@ from gossamer.train import Diverged, Settings, Trainer
 RUNGS = (1, 2, 4)
 KEEP = 3  # the best 1/KEEP of a rung goes on
 EVALUATE = 2000  # validation items at a rung
+# The first rung is this share of the race, so that the first trial and about a dozen weaker ones fit into it.
+UNIT_SHARE = 1 / 14
 
 # Published ranges of the learning rate and the share of them a default takes.
 LR = {"image-classification": (5e-4, 6e-3), "text-classification": (3e-4, 1e-2), "forecasting": (1e-4, 1e-2)}
@@ -51,6 +57,30 @@ def open_study(name: str, storage: str, maximise: bool, seed: int) -> optuna.Stu
         sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=4),
         load_if_exists=True,
     )
+
+
+def unit_seconds(total: float) -> float:
+    """Training time up to the first rung in a run of `total` seconds."""
+    return total * (RACED_BY - MEASURED_BY) * UNIT_SHARE
+
+
+def study_place(options: FitOptions, folder: Path) -> tuple[str, str]:
+    """Name and storage of the run's study; the name is of the question asked, so that other machines find it."""
+    asked = {k: v for k, v in options.identity().items() if k not in ("storage", "seconds")}
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    return f"gossamer-{digest}", options.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+
+
+def base_settings(data: Dataset, seed: int) -> Settings:
+    """Settings all trials share: batch size by the amount of data, smoothing and augmentation by the task."""
+    count = len(data.train)
+    batch = int(min(128, max(32, 2 ** round(math.log2(max(count, 80) / 80)))))
+    if data.task == "forecasting":
+        return Settings(batch_size=min(batch, 64), strength=0.0, weight_decay=0.01, warmup=20, seed=seed)
+    smoothing = 0.1 if data.spec["num_classes"] > 2 else 0.05
+    warmup = max(10, min(100, count // batch))
+    strength = 0.4 if data.task == "image-classification" else 0.2
+    return Settings(batch_size=batch, strength=strength, smoothing=smoothing, warmup=warmup, seed=seed)
 
 
 class Race:

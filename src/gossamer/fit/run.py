@@ -7,12 +7,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +22,12 @@ from gossamer import __version__
 from gossamer.data import Dataset, read_dataset
 from gossamer.fit.artefacts import Point, Workshop, choose
 from gossamer.fit.candidates import Candidate, enumerate_candidates, measure_candidates
-from gossamer.fit.clock import MEASURED_BY, RACED_BY, TAIL_SHARE, Clock
+from gossamer.fit.clock import TAIL_SHARE, Clock
 from gossamer.fit.finish import Finalist, finish
+from gossamer.fit.join import join
 from gossamer.fit.options import FitOptions, FitResult, excess
 from gossamer.fit.progress import Progress
-from gossamer.fit.race import RUNGS, Race, open_study, ranking
+from gossamer.fit.race import RUNGS, Race, base_settings, open_study, ranking, study_place, unit_seconds
 from gossamer.fit.report import write_report
 from gossamer.io import read_json, write_json
 from gossamer.measure import device_info
@@ -37,8 +35,6 @@ from gossamer.tasks import create_task
 from gossamer.tasks.base import Task
 from gossamer.train import Settings
 
-# The first rung is this share of the race, so that the first trial and about a dozen weaker ones fit into it.
-UNIT_SHARE = 1 / 14
 # With at least this much time a cheaper second finalist is trained as well, with this share of the finish.
 SECOND_FROM_S, SECOND_SHARE = 480.0, 0.25
 # And a pruned copy of the best is recovered for this share of the whole time.
@@ -56,7 +52,7 @@ def fit(options: FitOptions) -> FitResult:
         ValueError: the data cannot be used, the arguments contradict each other, or the folder is of another run.
     """
     if options.join is not None:
-        return _join(options)
+        return join(options)
     folder = options.folder()
     _claim(folder, options)
     if (folder / "results.json").exists():
@@ -131,9 +127,8 @@ class _Run:
         return found
 
     def _race(self, candidates: list[Candidate]) -> optuna.Study:
-        study = open_study(*_study(self.options, self.folder), self.task.maximise, self.options.seed)
-        unit = self.clock.total * (RACED_BY - MEASURED_BY) * UNIT_SHARE
-        study.set_user_attr("unit_s", unit)
+        study = open_study(*study_place(self.options, self.folder), self.task.maximise, self.options.seed)
+        unit = unit_seconds(self.clock.total)
         race = Race(
             study,
             candidates,
@@ -350,18 +345,6 @@ def tail_seconds(candidates: list[Candidate], task: Task, data: Dataset, total: 
     return max(TAIL_SHARE * total, 12.0 + 5 * export_s + passes)
 
 
-def base_settings(data: Dataset, seed: int) -> Settings:
-    """Settings all trials share: batch size by the amount of data, smoothing and augmentation by the task."""
-    count = len(data.train)
-    batch = int(min(128, max(32, 2 ** round(math.log2(max(count, 80) / 80)))))
-    if data.task == "forecasting":
-        return Settings(batch_size=min(batch, 64), strength=0.0, weight_decay=0.01, warmup=20, seed=seed)
-    smoothing = 0.1 if data.spec["num_classes"] > 2 else 0.05
-    warmup = max(10, min(100, count // batch))
-    strength = 0.4 if data.task == "image-classification" else 0.2
-    return Settings(batch_size=batch, strength=strength, smoothing=smoothing, warmup=warmup, seed=seed)
-
-
 def metric_noise(task: Task, values: list[float], count: int) -> float:
     """What two values of the metric over `count` items may differ by without meaning anything: one standard error."""
     best = (max if task.maximise else min)(values, default=0.0)
@@ -381,60 +364,6 @@ def _claim(folder: Path, options: FitOptions) -> None:
     other = sorted(k for k, v in identity.items() if there.get(k) != v)
     if other:
         raise ValueError(f"{folder} holds a run with another {', '.join(other)}; give --out another folder")
-
-
-def _study(options: FitOptions, folder: Path) -> tuple[str, str]:
-    """Name and storage of the run's study; the name is of the question asked, so that other machines find it."""
-    asked = {k: v for k, v in options.identity().items() if k not in ("storage", "seconds")}
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    return f"gossamer-{digest}", options.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
-
-
-def _join(options: FitOptions) -> FitResult:
-    """Works on the study of another process's run until its race is over."""
-    assert options.join is not None
-    folder = Path(options.join)
-    if not (folder / "run.json").exists():
-        raise ValueError(f"no run to join at {folder}: it has no run.json")
-    run = read_json(folder / "run.json")
-    asked = FitOptions(**{k: run[k] for k in ("data", "task", "budget", "seconds", "seed", "storage", "options")})
-    if (folder / "results.json").exists():
-        return FitResult(read_json(folder / "results.json"), folder)
-    with (
-        Clock(asked.seconds, folder / f"clock-{_worker()}.json") as clock,
-        Progress(clock, quiet=options.quiet) as progress,
-    ):
-        assert asked.data is not None
-        data = read_dataset(asked.data, task=asked.task, seed=asked.seed, **asked.options)
-        task = create_task(data.task, data.spec, data.meta)
-        host = _Run(asked, folder, clock, progress, data, task)
-        candidates = host._candidates()
-        study = open_study(*_study(asked, folder), task.maximise, asked.seed)
-        unit = float(study.user_attrs.get("unit_s", asked.seconds * 0.02))
-        race = Race(
-            study,
-            candidates,
-            task,
-            data,
-            folder / "trials",
-            unit_s=unit,
-            base=host.base,
-            stop=lambda: clock.over(clock.raced_by) or _over(folder),
-            tell=progress.tell,
-        )
-        race.run()
-    best = ranking(study, task.maximise)
-    note = f"{best[0].params['candidate']} {task.metric} {best[0].user_attrs['value']:.4f}" if best else "none"
-    return FitResult({"joined": str(folder), "best": note, "meets_budget": True, "winner": None}, folder)
-
-
-def _over(folder: Path) -> bool:
-    """Whether the run has left its race: a host's clock past the mark, or a finalist begun."""
-    return (folder / "finalists").exists() or (folder / "results.json").exists()
-
-
-def _worker() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _trial(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:

@@ -29,7 +29,9 @@ _CHUNK = 2**20
 
 
 @dataclass
-class _Member:
+class Member:
+    """One entry of an archive, as it is come to."""
+
     name: str
     kind: str  # "file", "folder", "symlink", "hardlink"
     target: str = ""
@@ -75,7 +77,7 @@ def safe_extract(
 
 def _unpack(archive: Path, root: Path, max_bytes: int, max_members: int) -> None:
     written = 0
-    links: list[tuple[Path, _Member]] = []
+    links: list[tuple[Path, Member]] = []
     made = {root}
 
     def make(path: Path) -> None:
@@ -83,10 +85,10 @@ def _unpack(archive: Path, root: Path, max_bytes: int, max_members: int) -> None
             path.mkdir(parents=True, exist_ok=True)
             made.add(path)
 
-    for number, member in enumerate(_members(archive, max_bytes), start=1):
+    for number, member in enumerate(members(archive, max_bytes), start=1):
         if number > max_members:
             raise ValueError(f"{archive} has more than max_members={max_members:,} members")
-        path = root.joinpath(*_parts(member.name))
+        path = root.joinpath(*safe_parts(member.name))
         if member.kind == "folder":
             make(path)
         elif member.kind == "file":
@@ -99,13 +101,13 @@ def _unpack(archive: Path, root: Path, max_bytes: int, max_members: int) -> None
                     file.write(chunk)
         else:
             # A symbolic link is read from where it stands, a hard link from the top of the archive.
-            base = _parts(member.name)[:-1] if member.kind == "symlink" else []
+            base = safe_parts(member.name)[:-1] if member.kind == "symlink" else []
             _stays_inside(member, base)
             links.append((path, member))
     _make_links(root, links)
 
 
-def _parts(name: str) -> list[str]:
+def safe_parts(name: str) -> list[str]:
     """The folders and the file of a member's name, none of which leads out.
 
     Both kinds of separator count, so that an archive is judged alike on every system.
@@ -120,7 +122,7 @@ def _parts(name: str) -> list[str]:
     return [part for part in parts if part not in ("", ".")]
 
 
-def _stays_inside(member: _Member, base: list[str]) -> None:
+def _stays_inside(member: Member, base: list[str]) -> None:
     target = member.target.replace("\\", "/")
     depth = len(base)
     if target.startswith("/") or target[1:2] == ":":
@@ -131,14 +133,14 @@ def _stays_inside(member: _Member, base: list[str]) -> None:
             raise ValueError(f"member {member.name!r} links outside its folder: {member.target!r}")
 
 
-def _make_links(root: Path, links: list[tuple[Path, _Member]]) -> None:
+def _make_links(root: Path, links: list[tuple[Path, Member]]) -> None:
     """Symbolic links first, then, when all can be followed, the hard ones as copies.
 
     Links through links can climb further than each of them alone: what they resolve to decides.
     """
     top = root.resolve()
 
-    def check(path: Path, member: _Member) -> Path:
+    def check(path: Path, member: Member) -> Path:
         resolved = path.resolve()
         if not resolved.is_relative_to(top):
             raise ValueError(f"member {member.name!r} links outside its folder: {member.target!r}")
@@ -153,7 +155,7 @@ def _make_links(root: Path, links: list[tuple[Path, _Member]]) -> None:
         check(path, member)
     for path, member in links:
         if member.kind == "hardlink":
-            source = check(root.joinpath(*_parts(member.target)), member)
+            source = check(root.joinpath(*safe_parts(member.target)), member)
             if not source.is_file():
                 raise ValueError(f"member {member.name!r} links to what is not there: {member.target!r}")
             check(path.parent, member).mkdir(parents=True, exist_ok=True)
@@ -165,7 +167,8 @@ def _make_links(root: Path, links: list[tuple[Path, _Member]]) -> None:
 # --- readers --------------------------------------------------------------------------------------------------
 
 
-def _members(archive: Path, max_bytes: int) -> Iterator[_Member]:
+def members(archive: Path, max_bytes: int) -> Iterator[Member]:
+    """The entries of a zip or tar, in order; a file's content can be read until the next one is asked for."""
     with open(archive, "rb") as file:
         head = file.read(6)
     if head.startswith(b"PK"):
@@ -173,23 +176,23 @@ def _members(archive: Path, max_bytes: int) -> Iterator[_Member]:
     return _tar_members(archive, head, max_bytes)
 
 
-def _zip_members(archive: Path) -> Iterator[_Member]:
+def _zip_members(archive: Path) -> Iterator[Member]:
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
             mode = info.external_attr >> 16
             if info.is_dir():
-                yield _Member(info.filename, "folder")
+                yield Member(info.filename, "folder")
             elif stat.S_ISLNK(mode):
                 with file.open(info) as content:
-                    yield _Member(info.filename, "symlink", content.read(4096).decode("utf-8", "replace"))
+                    yield Member(info.filename, "symlink", content.read(4096).decode("utf-8", "replace"))
             elif stat.S_IFMT(mode) not in (0, stat.S_IFREG):
                 raise ValueError(f"member is neither file, folder nor link: {info.filename!r}")
             else:
                 with file.open(info) as content:
-                    yield _Member(info.filename, "file", content=content)
+                    yield Member(info.filename, "file", content=content)
 
 
-def _tar_members(archive: Path, head: bytes, max_bytes: int) -> Iterator[_Member]:
+def _tar_members(archive: Path, head: bytes, max_bytes: int) -> Iterator[Member]:
     with closing(_decompressed(archive, head)) as raw:
         # Headers come on top of the content, so the stream may be longer than the files in it.
         stream: Any = _Bounded(raw, 2 * max_bytes + 64 * _CHUNK)
@@ -201,13 +204,13 @@ def _tar_members(archive: Path, head: bytes, max_bytes: int) -> Iterator[_Member
             last = ""
             for info in tar:
                 if info.isdir():
-                    yield _Member(info.name, "folder")
+                    yield Member(info.name, "folder")
                 elif info.issym():
-                    yield _Member(info.name, "symlink", info.linkname)
+                    yield Member(info.name, "symlink", info.linkname)
                 elif info.islnk():
-                    yield _Member(info.name, "hardlink", info.linkname)
+                    yield Member(info.name, "hardlink", info.linkname)
                 elif info.isreg():
-                    yield _Member(info.name, "file", content=tar.extractfile(info))
+                    yield Member(info.name, "file", content=tar.extractfile(info))
                 else:
                     raise ValueError(f"member is neither file, folder nor link: {info.name!r}")
                 last = info.name

@@ -20,7 +20,8 @@ LEAST = 2**23
 
 def linear(layer: nn.Module, x: Float[Tensor, "*b c"], act: nn.Module | None = None) -> Float[Tensor, "*b o"]:
     """`act(layer(x))`."""
-    if not _gains(layer, x):
+    # Asked first: within `_gains` a compiler would leave its graph, come back to real tensors and take the other way.
+    if torch.compiler.is_compiling() or not _gains(layer, x):
         y = layer(x)
     elif torch.is_grad_enabled():
         y = _Linear.apply(x, layer.weight, layer.bias)
@@ -71,7 +72,6 @@ def _gains(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and _get_current_dispatch_mode() is None
         and not _watched(layer)

@@ -21,7 +21,7 @@ def depthwise_conv(
     x: Float[Tensor, "b c h w"], weight: Float[Tensor, "c 1 k k2"], bias: Float[Tensor, " c"] | None
 ) -> Float[Tensor, "b c h w"]:
     """A depth-wise convolution with odd kernels, padded so that the map keeps its size."""
-    if _gains(x, weight):
+    if not torch.compiler.is_compiling() and _gains(x, weight):
         return _Depthwise.apply(x, weight, bias)
     return _convolve(x, weight, bias)
 
@@ -34,7 +34,6 @@ def _gains(x: Tensor, weight: Tensor) -> bool:
         and min(weight.shape[2:]) >= MIN_KERNEL
         and x.shape[2] * x.shape[3] <= MAX_TOKENS
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
