@@ -8,6 +8,7 @@ equation 3.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +56,9 @@ def deform_conv(
     i, j = ((n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[1:3], (kh, kw), strict=True))
     if offsets.shape[1:4] != (i, j, kh * kw):
         raise ValueError(f"offsets must be (b, {i}, {j}, {kh * kw}, 2), got {tuple(offsets.shape)}")
-    like = {"dtype": offsets.dtype, "device": offsets.device}
-    places = torch.cartesian_prod(torch.arange(i, **like), torch.arange(j, **like)).view(i, j, 1, 2) * stride - padding
-    taps = torch.cartesian_prod(torch.arange(kh, **like), torch.arange(kw, **like))
+    like: dict[str, Any] = {"dtype": offsets.dtype, "device": offsets.device}
+    places = _grid(i, j, like)[:, :, None] * stride - padding
+    taps = _grid(kh, kw, like).flatten(0, 1)
     read = bilinear(x, places + taps + offsets)
     return F.linear(read.flatten(-2), weight.permute(0, 2, 3, 1).flatten(1), bias)
 
@@ -85,3 +86,10 @@ def multi_scale_deform(
         share = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)
         reads.append((bilinear(split, at) * share[..., None]).sum(-2))
     return torch.stack(reads).sum(0).unflatten(0, (b, heads)).transpose(1, 2).flatten(2)
+
+
+def _grid(rows: int, columns: int, like: dict[str, Any]) -> Tensor:
+    """The (row, column) of each place of a grid."""
+    # Not `cartesian_prod`, which the quick exporter to ONNX does not know.
+    axes = torch.meshgrid(torch.arange(rows, **like), torch.arange(columns, **like), indexing="ij")
+    return torch.stack(axes, -1)
