@@ -35,6 +35,7 @@ _FLOORS = (
     "mixers",
     "models",
     "ops",
+    "search",
     "shrink",
     "tasks",
     "train",

@@ -210,7 +210,7 @@ def test_weights_of_another_size_load_with_resized_bias_tables() -> None:
     ("settings", "message"),
     [
         ({"widths": (8, 16), "depths": (1,)}, "equally long"),
-        ({"depths": (1, 1, 1, 2), "attention_blocks": 3}, r"0\.\.2"),
+        ({"depths": (1, 1, 1, 2), "attention_blocks": 4}, r"0\.\.3"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings: dict, message: str) -> None:

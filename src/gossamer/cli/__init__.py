@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from gossamer import __version__
-from gossamer.cli import advise, bench, export, fit, info, listing, measure, predict, train
+from gossamer.cli import advise, bench, export, fit, info, listing, measure, predict, search, train
 from gossamer.cli.group import OneLineErrors
 
 __all__ = ["app", "main"]
@@ -35,6 +35,7 @@ app.command("measure")(measure.command)
 app.command("train")(train.command)
 app.command("export")(export.command)
 app.add_typer(bench.app, name="bench")
+app.add_typer(search.app, name="search")
 
 
 def _version(asked: bool) -> bool:

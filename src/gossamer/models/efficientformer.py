@@ -9,7 +9,7 @@ Source: Li et al. 2022, "EfficientFormer: Vision Transformers at MobileNet Speed
 - attention is bound to the grid of `img_size`; weights of another size have their bias table resized bicubically
 - `dense=16` (segmentation) or `dense=25` (detection) is the authors' backbone for maps of any size: a bias table for
   that side, resized to the map, one-group norms on each map, no classifier
-- the latency-driven slimming that found the published sizes is not here
+- the latency-driven slimming that found the published sizes is `gossamer.search.slimming`
 """
 
 from itertools import pairwise
@@ -208,7 +208,8 @@ def efficientformer(
 
     Args:
         widths, depths: channels and blocks of each stage.
-        attention_blocks: how many of the last stage's blocks attend (the authors' `vit_num`).
+        attention_blocks: how many blocks attend, counted from the end (the authors' `vit_num`); those of the last two
+            stages can.
         heads, key_dim, value_dim: of the attention; values are wider than keys.
         stem_strides: steps of the stem's two convolutions; (1, 1) or (1, 2) for small images.
         mixer: name of the mixer of the 4-D blocks.
@@ -216,12 +217,15 @@ def efficientformer(
         dense: side of the bias table of the dense form, which takes images of any size; `img_size` is then unused.
 
     Raises:
-        ValueError: `widths` and `depths` differ in length, or more attention blocks than the last stage has blocks.
+        ValueError: `widths` and `depths` differ in length, or more attention blocks than the last two stages have.
     """
     if len(widths) != len(depths):
         raise ValueError(f"widths and depths must be equally long, got {widths} and {depths}")
-    if not 0 <= attention_blocks <= depths[-1]:
-        raise ValueError(f"attention_blocks must be in 0..{depths[-1]} (depths[-1]), got {attention_blocks}")
+    most = sum(depths[-2:])
+    if not 0 <= attention_blocks <= most:
+        raise ValueError(
+            f"attention_blocks must be in 0..{most} (blocks of the last two stages), got {attention_blocks}"
+        )
     size = pair(img_size)
     rates = iter(drop_path_rates(drop_path, sum(depths)))
     reduction = stem_strides[0] * stem_strides[1]
@@ -231,7 +235,7 @@ def efficientformer(
         blocks: list[nn.Module] = []
         for place in range(depth):
             shared: dict[str, Any] = dict(layer_scale=layer_scale, drop_path=next(rates))
-            if index == len(widths) - 1 and depth - place <= attention_blocks:
+            if sum(depths[index:]) - place <= attention_blocks:
                 attend = OffsetBiasAttention(
                     dim,
                     grid=(dense, dense) if dense else grid,
