@@ -41,7 +41,7 @@ class CostTable:
     def total(self, plan: Plan) -> float:
         """The latency of a network: its pieces, and one call."""
         w = plan.widths
-        pieces = [("stem", 0, w[0]), ("head", self.stages - 1, w[-1])]
+        pieces: list[tuple[str, int, Any]] = [("stem", 0, w[0]), ("head", self.stages - 1, w[-1])]
         pieces += [("merge", i, pair) for i, pair in enumerate(pairwise(w))]
         pieces += [(k, i, w[i]) for i, stage in enumerate(plan.slots) for k in stage if k != SKIP]
         return self._ms("call", 0, 0) + sum(self._ms(*piece) for piece in pieces)

@@ -64,7 +64,7 @@ def slim(
     now, value = cost(plan), score(plan)
     trace: list[dict[str, Any]] = []
     while now > target_ms:
-        options = []
+        options: list[dict[str, Any]] = []
         for what, other in moves(plan, supernet.importance()):
             saved = now - cost(other)
             if saved > 0:
