@@ -64,9 +64,11 @@ class MetaPath(nn.Module):
         paths: blocks by kind.
     """
 
+    paths: Any
+
     def __init__(self, paths: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.paths: Any = nn.ModuleDict(paths)
+        self.paths = nn.ModuleDict(paths)
         self.alpha = nn.Parameter(torch.zeros(len(paths) + 1))
         self.tau = 1.0
         self.choice: str | None = None
