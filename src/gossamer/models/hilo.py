@@ -1,7 +1,7 @@
 """LITv2: a pyramid without attention where maps are large, with HiLo attention where they are small.
 
-Source: Pan et al. 2022, "Fast Vision Transformers with HiLo Attention"; its pyramid is that of Pan et al. 2021, "Less is
-More: Pay Less Attention in Vision Transformers".
+Source: Pan et al. 2022, "Fast Vision Transformers with HiLo Attention"; the pyramid is that of Pan et al. 2021, "Less
+is More: Pay Less Attention in Vision Transformers".
 
 - stages 1 and 2 are MLPs with a depth-wise convolution alone, which is also what tells positions; stages 3 and 4 attend
 - merging is a deformable 2x2 convolution: each tap reads beside its place, by offsets that start at zero. The authors
