@@ -100,6 +100,8 @@ class Supernet(nn.Module):
         ValueError: fewer than two stages.
     """
 
+    net: Any
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
         widths = tuple(-(-w // STEP) * STEP for w in options["widths"])
@@ -107,10 +109,11 @@ class Supernet(nn.Module):
         if len(depths) < 2:
             raise ValueError(f"a supernet has two stages or more, got depths={depths}")
         self.options = {**options, "widths": widths, "depths": depths, "distillation": False}
-        self.net: Any = create_model("efficientformer_l1", **{**self.options, "attention_blocks": 0})
+        self.net = create_model("efficientformer_l1", **{**self.options, "attention_blocks": 0})
         attending: Any = create_model("efficientformer_l1", **{**self.options, "attention_blocks": sum(depths[-2:])})
         self.net.stem = attending.stem
-        for i, stage in enumerate(self.net.stages):
+        stages: Any = self.net.stages
+        for i, stage in enumerate(stages):
             for j, block in enumerate(stage):
                 paths = {CONV: block}
                 if i >= len(depths) - 2:
