@@ -38,9 +38,11 @@ class PatchMerging(nn.Module):
     Odd maps are zero-padded at the end.
     """
 
-    def __init__(self, dim: int, out: int) -> None:
+    norm_readers = (("norm", "reduction"),)
+
+    def __init__(self, dim: int, out: int, *, norm: Callable[[int], nn.Module] = LayerNorm) -> None:
         super().__init__()
-        self.norm = LayerNorm(4 * dim)
+        self.norm = norm(4 * dim)
         self.reduction = nn.Linear(4 * dim, out, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b i j o"]:
@@ -195,8 +197,9 @@ def swin(
     num_classes: int = 1000,
     pad: bool = False,
     dense: bool = False,
-    mixer: str = "window",
-    mixer_options: dict[str, Any] | None = None,
+    norm: Callable[[int], nn.Module] = LayerNorm,
+    mixer: str | Sequence[str] = "window",
+    mixer_options: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
 ) -> nn.Module:
     """A Swin Transformer.
 
@@ -207,47 +210,59 @@ def swin(
         init_std: deviation of the first weights, None for `fan_in ** -0.5`.
         pad: take any image, by padding maps to whole windows.
         dense: any image, a norm for each map that `features` gives, and no classifier.
-        mixer: `window`, `window_mlp`, or what else stands in for them.
+        norm: factory of every norm.
+        mixer: `window`, `window_mlp`, or what else stands in for them; or one name a stage.
+        mixer_options: its keywords, or those of each stage.
 
     Raises:
-        ValueError: `depths` and `heads` differ in length, or the image does not fit without `pad` or `dense`.
+        ValueError: `depths`, `heads` and mixers differ in length, or the image does not fit without `pad` or `dense`.
     """
     if len(depths) != len(heads):
         raise ValueError(f"depths and heads must be of one length, got {tuple(depths)} and {tuple(heads)}")
+    names = [mixer] * len(depths) if isinstance(mixer, str) else list(mixer)
+    if isinstance(mixer_options, dict) or mixer_options is None:
+        mixer_options = [mixer_options or {}] * len(depths)
+    if {len(names), len(mixer_options)} != {len(depths)}:
+        raise ValueError(f"mixers must be one name or {len(depths)} names (stages), got {len(names)}")
     dims = [embed_dim * 2**i for i in range(len(depths))]
     small = "pad" if dense else "shrink"
     grids = token_grid(img_size, patch, len(depths), up=pad or dense)
-    known = inspect.signature(mixer_class(mixer)).parameters
-    windowed = "window" in known
-    multiple = None if pad or dense else _multiple(img_size, patch, grids, window if windowed else 1)
-    stem = nn.Sequential(Stem(in_chans, embed_dim, patch, multiple=multiple, norm=LayerNorm))
+    known = [inspect.signature(mixer_class(name)).parameters for name in names]
+    # Window sides by which maps are cut, 1 where they are not.
+    windows = [o.get("window", window) if "window" in k else 1 for k, o in zip(known, mixer_options, strict=True)]
+    multiple = None if pad or dense else _multiple(img_size, patch, grids, windows)
+    stem = nn.Sequential(Stem(in_chans, embed_dim, patch, multiple=multiple, norm=norm))
     if ape:
         stem.append(GridPositions(embed_dim, grids[0], resize=pad or dense))
     stages = []
-    for dim, count, grid, rates in zip(dims, heads, grids, stage_rates(drop_path, depths), strict=True):
+    for s, rates in enumerate(stage_rates(drop_path, depths)):
+        dim = dims[s]
         blocks = []
         for i, rate in enumerate(rates):
-            options = {"heads": count, "window": window, "shifted": i % 2 == 1, "small": small}
-            options = {**{k: v for k, v in options.items() if k in known}, **(mixer_options or {})}
-            mix = create_mixer(mixer, dim, grid=grid, **options)
-            blocks.append(Block(dim, mix, Mlp(dim, int(dim * mlp_ratio), drop=drop), norm=LayerNorm, drop_path=rate))
+            options = {"heads": heads[s], "window": window, "shifted": i % 2 == 1, "small": small}
+            options = {**{k: v for k, v in options.items() if k in known[s]}, **mixer_options[s]}
+            mix = create_mixer(names[s], dim, grid=grids[s], **options)
+            blocks.append(Block(dim, mix, Mlp(dim, int(dim * mlp_ratio), drop=drop), norm=norm, drop_path=rate))
         stages.append(blocks)
     model = Pyramid(
         stem,
         stages,
-        [PatchMerging(dim, out) for dim, out in pairwise(dims)],
-        norm=None if dense else LayerNorm(dims[-1]),
+        [PatchMerging(dim, out, norm=norm) for dim, out in pairwise(dims)],
+        norm=None if dense else norm(dims[-1]),
         head=nn.Identity() if dense else Classifier(dims[-1], num_classes),
-        out_norms=[LayerNorm(dim) for dim in dims] if dense else None,
+        out_norms=[norm(dim) for dim in dims] if dense else None,
     )
     init_transformer(model, init_std)
     return model
 
 
-def _multiple(img_size: int | tuple[int, int], patch: int, grids: Sequence[tuple[int, int]], window: int) -> int:
+def _multiple(
+    img_size: int | tuple[int, int], patch: int, grids: Sequence[tuple[int, int]], windows: Sequence[int]
+) -> int:
     """What image sides must be a multiple of, so that every map is even before merging and whole in windows."""
     strides = [patch * 2**i for i in range(len(grids))]
     _refuse_misfit(*pair(img_size), strides[-1])
-    multiple = lcm(*(s * window_side(window, grid, "shrink") for s, grid in zip(strides, grids, strict=True)))
+    sides = (window_side(window, grid, "shrink") for window, grid in zip(windows, grids, strict=True))
+    multiple = lcm(*(stride * side for stride, side in zip(strides, sides, strict=True)))
     _refuse_misfit(*pair(img_size), multiple)
     return multiple

@@ -9,7 +9,7 @@ transformers" (DeiT); Touvron et al. 2022, "DeiT III" (LayerScale, position tabl
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -133,6 +133,7 @@ def vit(
     position_tokens: bool = True,
     drop: float = 0.0,
     drop_path: float = 0.0,
+    norm: Callable[[int], nn.Module] | None = None,
     mixer: str | Sequence[str] = "attention",
     mixer_options: dict[str, Any] | None = None,
 ) -> nn.Module:
@@ -140,6 +141,7 @@ def vit(
 
     Args:
         pad: fill an image that `patch` does not divide up with zeros.
+        norm: factory of every norm, `LayerNorm` by default.
         mixer: name of the mixer, or one name a layer for a hybrid.
         mixer_options: its keywords; `heads` is given to mixers that take it.
 
@@ -165,7 +167,7 @@ def vit(
         drop=drop,
         flat=flat,
     )
-    norm = partial(nn.LayerNorm, eps=1e-6)
+    norm = norm or partial(nn.LayerNorm, eps=1e-6)
     blocks = []
     for name, rate in zip(names, drop_path_rates(drop_path, depth), strict=True):
         options = dict(mixer_options or {})

@@ -1,0 +1,262 @@
+"""SLAB: equal to the authors' code on three bases, norms fade as scheduled and fold away, attention is linear."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gossamer import measure
+from gossamer.io import export_onnx
+from gossamer.layers import ConvNorm, LayerNorm
+from gossamer.layers.fold import fold_batch_norm
+from gossamer.layers.norms import ProgressiveRepBatchNorm, RepBatchNorm
+from gossamer.mixers import create_mixer
+from gossamer.models import create_model, load_official
+from gossamer.models.registry import rename, system
+from gossamer.ops import grid as g
+from official import golden, manifest, probe, seeded_input, seeded_state
+from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
+from pyramids import _find as parameter_of
+from pyramids import _order as order_of
+
+DEIT: dict[str, Any] = {"base": "deit", "dims": (16,), "depths": (2,), "heads": (2,), "mlp_ratios": (4,)}
+OFFICIAL: dict[str, tuple[dict[str, Any], tuple[int, ...], str]] = {
+    "slab_deit": (
+        {**DEIT, "kinds": "L", "patch": 4, "img_size": 56, "in_chans": 1},
+        (1, 1, 56, 56),
+        "blocks.1.attn.dwc.weight",
+    ),
+    "slab_deit_softmax": (
+        {**DEIT, "kinds": "S", "patch": 8, "img_size": 24, "norm": "rep"},
+        (1, 3, 24, 24),
+        "blocks.0.norm1.alpha",
+    ),
+    "slab_pvt": (
+        {
+            "base": "pvt",
+            "kinds": "LLLL",
+            "dims": (8, 16, 24, 32),
+            "depths": (1, 1, 1, 1),
+            "heads": (1, 2, 3, 4),
+            "mlp_ratios": (2, 2, 2, 2),
+            "img_size": 32,
+        },
+        (1, 3, 32, 32),
+        "block2.0.attn.positional_encoding",
+    ),
+    "slab_swin": (
+        {"kinds": "LS", "dims": (16, 32), "depths": (1, 1), "heads": (2, 4), "mlp_ratios": (4, 4), "img_size": 56},
+        (1, 3, 56, 56),
+        "layers.0.downsample.norm.norm2.bn.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_slab_equals_official(name: str) -> None:
+    settings, shape, key = OFFICIAL[name]
+    settings = {**settings, "num_classes": 7}
+    if "softmax" in name:
+        return equals_official(name, "slab", settings, shape, key)
+    saved = golden(name)
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
+        model = create_model("slab", **settings).eval().to(dtype)
+        state = seeded_state(saved["shapes"], dtype)
+        load_official(model, state)
+        x = seeded_input(name, shape).to(dtype).requires_grad_()
+        own, weight = parameter_of(model, "slab", state, key)
+        y = model(x)
+        gradients = torch.autograd.grad(probe(y), [x, weight])
+        order = order_of(model, "slab", state, key, own)
+        wanted = saved["output0"], saved["grad_input"], saved["grad_weight"].flatten()[order].view(weight.shape)
+        for ours, theirs in zip((y, *gradients), wanted, strict=True):
+            # A token whose features are nearly all zero is divided by nearly nothing: in single precision its large
+            # gradients are good to three digits, the authors' own too.
+            atol = tolerance * float(theirs.abs().max())
+            torch.testing.assert_close(ours, theirs.to(dtype), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("name", system("slab").variants)
+def test_every_official_checkpoint_of_slab_fits(name: str) -> None:
+    assert set(system("slab").variants) == set(manifest("slab"))
+    if not name.startswith("slab_deit"):
+        return manifest_fits("slab", name)
+    # Their class token, which nothing reads, is left out.
+    record = manifest("slab")[name]
+    state = {key: torch.empty(shape, device="meta") for key, shape in record["state_dict"]}
+    with torch.device("meta"):
+        model = create_model(name)
+    fitted = system("slab").convert(model, rename(state, system("slab").rules))
+    assert {k: v.shape for k, v in fitted.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    unread = state["cls_token"].numel()
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"] - unread
+
+
+@pytest.mark.parametrize("name", ["slab_deit_t", "slab_deit_s", "slab_pvt_t", "slab_swin_t", "slab_swin_s"])
+def test_slab_costs_what_is_published(name: str) -> None:
+    costs_are_published(name)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_folded_norms_leave_the_outputs_unchanged_and_none_is_left(name: str) -> None:
+    settings, shape, _ = OFFICIAL[name]
+    model = create_model("slab", **settings, num_classes=7).double().eval()
+    load_official(model, seeded_state(golden(name)["shapes"], torch.float64))
+    x = torch.randn(shape, dtype=torch.float64)
+    before = model(x)
+    assert fold_batch_norm(model) is model
+    torch.testing.assert_close(model(x), before, atol=1e-8, rtol=1e-8)
+    assert not [m for m in model.modules() if isinstance(m, nn.LayerNorm | nn.BatchNorm1d | ProgressiveRepBatchNorm)]
+
+
+def test_a_padded_swin_keeps_the_norms_whose_answer_is_padded() -> None:
+    settings = {**OFFICIAL["slab_swin"][0], "img_size": (37, 50), "pad": True}
+    model = create_model("slab", **settings).eval()
+    for norm in model.modules():
+        if isinstance(norm, RepBatchNorm):
+            nn.init.normal_(norm.bias)
+    x = torch.randn(2, 3, 37, 50)
+    before = model(x)
+    torch.testing.assert_close(fold_batch_norm(model)(x), before, atol=1e-4, rtol=1e-4)
+    assert isinstance(model.stages[1][0].norm1, ProgressiveRepBatchNorm)
+
+
+def test_a_rep_norm_behind_a_convolution_folds_with_alpha_times_its_bias() -> None:
+    part = ConvNorm(3, 4, 3, norm=RepBatchNorm)
+    nn.init.normal_(part.conv.bias, std=3)
+    part(torch.randn(2, 9, 9, 3))
+    x = torch.randn(2, 5, 6, 3)
+    before = part.eval()(x)
+    torch.testing.assert_close(fold_batch_norm(part)(x), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (3, 5, 6), (2, 2, 3, 6)])
+def test_rep_norm_is_batch_norm_and_a_scaled_input_in_both_modes(shape: tuple[int, ...]) -> None:
+    norm, x = RepBatchNorm(6), torch.randn(3, *shape)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    nn.init.constant_(norm.alpha, 0.7)
+    mean, var = torch.zeros(6), torch.ones(6)
+    flat = F.batch_norm(x.view(-1, 6), mean, var, norm.weight, norm.bias, training=True)
+    torch.testing.assert_close(norm(x), flat.view(x.shape) + 0.7 * x)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, var)
+    flat = F.batch_norm(x.view(-1, 6), mean, var, norm.weight, norm.bias)
+    torch.testing.assert_close(norm.eval()(x), flat.view(x.shape) + 0.7 * x)
+
+
+def test_a_progressive_norm_fades_from_layer_norm_to_batch_norm() -> None:
+    norm, x = ProgressiveRepBatchNorm(6, steps=4, warm=1), torch.randn(5, 3, 6)
+    nn.init.normal_(norm.layer.weight)
+    nn.init.normal_(norm.rep.weight)
+    layer, rep = norm.layer(x), norm.rep(x)
+    # One step of layer norm alone, then shares of 1, 3/4, 1/2, 1/4 and none from then on.
+    for share in (1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0):
+        torch.testing.assert_close(norm(x), share * layer + (1 - share) * rep)
+    fresh = ProgressiveRepBatchNorm(6, steps=4).eval()
+    assert torch.equal(fresh(x), fresh.rep(x))
+    assert int(fresh.left) == 4
+    # A run taken up again goes on from where it was.
+    norm = ProgressiveRepBatchNorm(6, steps=4)
+    norm(x)
+    other = ProgressiveRepBatchNorm(6, steps=9)
+    other.load_state_dict(norm.state_dict())
+    assert other.share() == 0.75
+
+
+def test_one_image_is_enough_to_evaluate_and_one_token_too_few_to_train() -> None:
+    model = create_model("slab", **OFFICIAL["slab_pvt"][0])
+    images = torch.randn(3, 3, 32, 32)
+    for _ in range(3):
+        model(images)
+    model.eval()
+    torch.testing.assert_close(model(images)[1:2], model(images[1:2]), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="more than one token"):
+        RepBatchNorm(6)(torch.randn(1, 1, 6))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (9, 11)])
+def test_simplified_linear_attention_equals_its_explicit_matrix(shape: tuple[int, int]) -> None:
+    """Few tokens take one order of multiplication, many the other."""
+    mixer = create_mixer("simplified_linear", 16, heads=2, grid=shape).double()
+    nn.init.normal_(mixer.positions)
+    x = torch.randn(2, *shape, 16, dtype=torch.float64)
+    n = shape[0] * shape[1]
+    q, k, v = mixer.qkv(x.view(2, n, 16)).view(2, n, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    k = k + mixer.positions.view(1, n, 2, 8).transpose(1, 2)
+    weights = q.relu() @ k.relu().mT
+    y = weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
+    for h in range(2):
+        y[:, h] += mixer.conv(v[:, h].reshape(2, *shape, 8)).view(2, n, 8)
+    torch.testing.assert_close(mixer(x), mixer.proj(y.transpose(1, 2).flatten(2)).view(x.shape), atol=1e-8, rtol=1e-8)
+
+
+def test_windows_of_simplified_linear_attention_shift_without_a_mask() -> None:
+    whole = create_mixer("simplified_linear", 8, heads=2, grid=(4, 4))
+    nn.init.normal_(whole.positions)
+    shifted = create_mixer("simplified_linear", 8, heads=2, window=4, shifted=True, grid=(8, 12))
+    shifted.load_state_dict(whole.state_dict())
+    x = torch.randn(1, 8, 12, 8)
+    w = whole(g.windows(x.roll((-2, -2), (1, 2)), (4, 4)).unflatten(1, (4, 4))).flatten(1, 2)
+    want = g.unwindows(w, (4, 4), (8, 12)).roll((2, 2), (1, 2))
+    torch.testing.assert_close(shifted(x), want, atol=1e-6, rtol=1e-5)
+    # Where the map is no larger than a window it is one window, unshifted.
+    torch.testing.assert_close(shifted(x[:, :4, :4]), whole(x[:, :4, :4]))
+
+
+def test_cost_of_simplified_linear_attention_is_linear_in_tokens() -> None:
+    counts = []
+    with torch.device("meta"):
+        for side in (16, 32, 64):
+            mixer = create_mixer("simplified_linear", 32, heads=2, grid=(side, side)).eval()
+            counts.append(measure.macs(mixer, (torch.empty(1, side, side, 32),)).total)
+    assert counts[1] / counts[0] == pytest.approx(4, rel=1e-3)
+    assert counts[2] / counts[1] == pytest.approx(4, rel=1e-3)
+
+
+def test_positions_of_another_size_are_resized_when_weights_are_loaded() -> None:
+    settings, _, _ = OFFICIAL["slab_pvt"]
+    state = seeded_state(golden("slab_pvt")["shapes"])
+    model = load_official(create_model("slab", **{**settings, "img_size": (64, 96)}, num_classes=7), state)
+    assert model.stages[0][0].mixer.positions.shape == (1, 16 * 24, 8)
+    assert model(torch.randn(1, 3, 64, 96)).shape == (1, 7)
+
+
+def test_stages_take_the_kind_they_are_named_for_and_wrong_names_are_refused() -> None:
+    settings = OFFICIAL["slab_swin"][0]
+    model = create_model("slab", **settings)
+    assert [stage[0].mixer.name for stage in model.stages] == ["simplified_linear", "window"]
+    assert isinstance(model.stages[0][0].norm1.layer, LayerNorm)
+    with pytest.raises(ValueError, match="L and S, got 'LX'"):
+        create_model("slab", **{**settings, "kinds": "LX"})
+    with pytest.raises(ValueError, match="of one length"):
+        create_model("slab", **{**settings, "kinds": "LLS"})
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        create_model("slab", **settings, steps=0)
+
+
+@pytest.mark.parametrize("name", ["slab_pvt", "slab_swin"])
+def test_an_exported_slab_agrees_for_every_batch_size(name: str, tmp_path) -> None:
+    settings, shape, _ = OFFICIAL[name]
+    model = create_model("slab", **{**settings, "depths": (1,) * len(settings["dims"])}, num_classes=7)
+    certificate = export_onnx(model, torch.randn(2, *shape[1:]), tmp_path / "model.onnx", dynamic="batch")
+    assert certificate.passed, certificate.reason
+    assert certificate.held == "batch"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
+def test_scaled_slab_takes_any_small_image(spec: dict[str, Any]) -> None:
+    scales("slab", spec, "s")
+
+
+def test_scaled_slab_keeps_its_budget() -> None:
+    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
+    for size, low, high in (("xs", 3, 9), ("s", 18, 50), ("m", 70, 130), ("l", 220, 420)):
+        name, settings = system("slab").scale(spec, size)
+        with torch.device("meta"):
+            model = create_model(name, **settings).eval()
+            assert low < measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6 < high
