@@ -45,6 +45,10 @@ class WindowAttention(HeadMixer):
         ValueError: `heads` does not divide `dim`, or the input has other grid axes than the table.
     """
 
+    # How the grid falls into windows, and back.
+    split = staticmethod(g.windows)
+    join = staticmethod(g.unwindows)
+
     bias_index: Tensor
 
     def __init__(
@@ -78,14 +82,14 @@ class WindowAttention(HeadMixer):
         padded = g.pad_to_multiple(x, size)
         full = tuple(padded.shape[1:-1])
         offset = shift_offset(shape, size, self.shifted, self.small)
-        w = g.windows(g.shift(padded, [-o for o in offset]), size)
+        w = self.split(g.shift(padded, [-o for o in offset]), size)
         q, k, v = self.project(w)
         bias = self.relative_bias()
         if any(offset):
             y = self._attend_regions(q, k, v, bias, g.shift_penalty(full, size, offset, REGION_PENALTY).to(bias))
         else:
             y = join_heads(attention(q, k, v, bias=bias))
-        return g.crop(g.shift(g.unwindows(linear(self.proj, y), size, full), offset), shape)
+        return g.crop(g.shift(self.join(linear(self.proj, y), size, full), offset), shape)
 
     def relative_bias(self) -> Float[Tensor, "1 h n n"]:
         """`B[h, i, j] = table[index(i, j), h]`."""
