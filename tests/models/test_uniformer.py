@@ -304,3 +304,12 @@ def test_a_small_uniformer_is_exported(tmp_path: Path) -> None:
     model = create_model("uniformer", **TINY, pad=True).eval()
     certificate = export_onnx(model, torch.randn(2, 1, 40, 32), tmp_path / "m.onnx", dynamic="batch", tolerance=1e-4)
     assert certificate.passed, certificate.reason
+
+
+def test_the_authors_video_files_are_read(tmp_path: Path) -> None:
+    state = seeded_state(golden("uniformer_video")["shapes"])
+    torch.save({"epoch": 3, "model_state": state}, tmp_path / "clip.pyth")
+    one = load_official(create_model("uniformer", **TINY, video=True), tmp_path / "clip.pyth").eval()
+    two = load_official(create_model("uniformer", **TINY, video=True), state).eval()
+    x = torch.randn(1, 1, 4, 32, 32)
+    assert torch.equal(one(x), two(x))

@@ -24,7 +24,7 @@ from .files import atomic_path
 GIB = 2**30
 
 # Where training scripts put the weights, outermost first; the raw ones are preferred to a moving average.
-_WRAPPERS = ("model", "state_dict", "model_ema")
+_WRAPPERS = ("model", "model_state", "state_dict", "model_ema")
 
 # NumPy's maker of scalars, which moved between versions of NumPy and is a private name in both.
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -42,7 +42,8 @@ _PLAIN: list[Any] = [
 def read_checkpoint(path: str | Path, *, max_bytes: int = 16 * GIB) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU.
 
-    Nested `model`, `state_dict` and `model_ema` are unwrapped, and `module.` is taken off where every key has it.
+    Nested `model`, `model_state`, `state_dict` and `model_ema` are unwrapped, and `module.` is taken off where every
+    key has it.
 
     Args:
         path: a safetensors file, or one that `torch.save` wrote.
