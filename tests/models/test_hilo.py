@@ -235,7 +235,7 @@ def test_an_exported_litv2_agrees_for_every_batch_size(tmp_path) -> None:
     ids=lambda s: "x".join(map(str, s["img_size"])),
 )
 def test_scaled_litv2_takes_any_small_image(spec) -> None:
-    scales("hilo", spec, "s")
+    scales("hilo", spec, "xs")
 
 
 @pytest.mark.parametrize(

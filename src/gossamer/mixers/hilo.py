@@ -90,7 +90,7 @@ class LowHeads(_Heads):
         q = split_heads(linear(self.q, x).flatten(1, -2), self.heads)
         k, v = linear(self.kv, padded).flatten(1, -2).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)
         y = join_heads(attention(q, k.transpose(1, 2), v.transpose(1, 2)))
-        return linear(self.proj, y).view(*x.shape[:-1], -1)
+        return linear(self.proj, y).unflatten(1, x.shape[1:-1])
 
 
 @register_mixer("hilo", grids=(1, 2, 3))
