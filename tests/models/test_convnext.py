@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from gossamer import measure
 from gossamer.models import create_model, load_official
+from gossamer.models._convnext_roadmap import STEPS
 from gossamer.models.registry import system
 from official import golden, manifest, seeded_state
 from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
@@ -119,3 +120,51 @@ def test_scaled_convnext_keeps_its_budget() -> None:
         with torch.device("meta"):
             model = create_model(name, **settings).eval()
             assert low < measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6 < high
+
+
+def test_the_roadmap_starts_at_resnet50_and_ends_at_convnext_t() -> None:
+    """Multiply-adds in billions, by the paper's figure 2, to its one decimal."""
+    published = {"resnet50": 4.1, "stage_ratio": 4.5, "patchify": 4.4, "depthwise": 5.3, "inverted": 4.6}
+    published |= {"depthwise_first": 4.1, "kernel7": 4.1, "layer_norm": 4.1, "downsampling": 4.5}
+    costs = {}
+    for step in STEPS:
+        with torch.device("meta"):
+            model = create_model(f"convnext_roadmap_{step}").eval()
+        image = torch.empty(1, 3, 224, 224, device="meta")
+        costs[step] = measure.parameters(model), measure.macs(model, (image,)).total
+    for step, figure in published.items():
+        assert round(costs[step][1] / 1e9, 1) == figure
+    assert costs["resnet50"][0] == 25_557_032
+    assert costs["downsampling"][0] == 28_589_128
+    # An activation costs nothing, a norm two numbers a channel.
+    assert costs["kernel7"] == costs["gelu"] == costs["one_activation"]
+    blocks = zip((3, 3, 9, 3), (96, 192, 384, 768), strict=True)
+    # Without its norm a product has a bias: one number a channel less, for the inner and the outer product.
+    assert costs["one_activation"][0] - costs["one_norm"][0] == sum(n * (4 * c + c) for n, c in blocks)
+
+
+@pytest.mark.parametrize("step", STEPS[:-1])
+def test_every_step_of_the_roadmap_gives_maps_at_four_strides_and_learns(step: str) -> None:
+    model = create_model(f"convnext_roadmap_{step}", dims=(12, 24, 48, 96), in_chans=1, num_classes=3)
+    image = torch.randn(2, 1, 64, 32)
+    assert [m.shape[1:3] for m in model.features(image)] == [(16, 8), (8, 4), (4, 2), (2, 1)]
+    model(image).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_only_the_later_steps_see_seven_pixels_and_only_the_early_ones_between_channels() -> None:
+    def reach(step: str) -> tuple[int, int]:
+        block = create_model(f"convnext_roadmap_{step}", dims=(12, 24, 48, 96)).eval().stages[0][1]
+        x = torch.randn(1, 15, 15, block.branch[0].in_channels, requires_grad=True)
+        block.branch(x)[0, 7, 7].sum().backward()
+        seen = x.grad[0].abs().sum(-1) > 0
+        return int(seen.sum()), block.branch[0].groups
+
+    assert reach("resnet50")[0] == reach("depthwise_first")[0] == 9
+    assert reach("kernel7")[0] == 49
+    assert reach("inverted")[1] == 1 < reach("depthwise_first")[1]
+
+
+def test_a_step_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="roadmap must be one of resnet50"):
+        create_model("convnext_t", roadmap="resnet60")

@@ -7,6 +7,7 @@ Source: Liu et al. 2022, "A ConvNet for the 2020s".
 - isotropic form: one stage on 16x16 patches, no LayerScale, no norm in the stem
 - official code keeps channels first; here they are last, which is the same function without the permutations
 - sides that are not a multiple of the stride are cut off at the end, as strided convolutions do
+- `roadmap` is one of the paper's steps from ResNet-50 to here (`_convnext_roadmap.py`)
 """
 
 import inspect
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from gossamer.layers import Block, Classifier, Conv, Mlp, PatchEmbed
 from gossamer.mixers import create_mixer, mixer_class
+from gossamer.models._convnext_roadmap import STEPS, roadmap_network
 from gossamer.models._pyramids import keep_backbone, small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
@@ -81,6 +83,7 @@ _ISO_L: dict[str, Any] = dict(depths=(36,), dims=(1024,), **_ISO)
         "convnext_isotropic_small": _ISO_S,
         "convnext_isotropic_base": _ISO_B,
         "convnext_isotropic_large": _ISO_L,
+        **{f"convnext_roadmap_{step}": {**_T, "roadmap": step} for step in STEPS},
     },
     rules=[
         (r"^downsample_layers\.0\.0\.", "stem.proj."),
@@ -119,6 +122,7 @@ def convnext(
     dense: bool = False,
     mixer: str = "depthwise",
     mixer_options: dict[str, Any] | None = None,
+    roadmap: str | None = None,
 ) -> nn.Module:
     """A ConvNeXt.
 
@@ -129,10 +133,15 @@ def convnext(
         img_size: only mixers bound to a grid need it; the model takes any image no smaller than its deepest stride.
         dense: a norm for each map that `features` gives, and no classifier.
         mixer: what stands in for the depth-wise convolution.
+        roadmap: the network at this step from ResNet-50 to ConvNeXt; before the last one, depths and widths follow the
+            paper's and only `dims[0]`, `in_chans` and `num_classes` are read.
 
     Raises:
-        ValueError: `depths` and `dims` differ in length, or an image is smaller than the deepest stride.
+        ValueError: `depths` and `dims` differ in length, there is no such step of the roadmap, or an image is smaller
+            than the deepest stride.
     """
+    if roadmap is not None and roadmap != STEPS[-1]:
+        return roadmap_network(roadmap, dims[0], in_chans=in_chans, num_classes=num_classes)
     if len(depths) != len(dims):
         raise ValueError(f"depths and dims must be of one length, got {tuple(depths)} and {tuple(dims)}")
     norm = partial(nn.LayerNorm, eps=1e-6)
