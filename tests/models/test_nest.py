@@ -106,10 +106,10 @@ def test_pooling_pads_at_the_end_only() -> None:
 
 @torch.no_grad()
 def test_multi_query_attention_is_attention_whose_heads_have_the_same_keys_and_values() -> None:
-    shared, full = create_mixer("multi_query", 12, heads=3), create_mixer("attention", 12, heads=3)
+    shared, full = create_mixer("gqa", 12, heads=3, kv_heads=1), create_mixer("attention", 12, heads=3)
     for name in ("weight", "bias"):
-        key, value = getattr(shared.kv, name).chunk(2)
-        getattr(full.qkv, name).copy_(torch.cat([getattr(shared.q, name), *[key] * 3, *[value] * 3]))
+        query, key, value = getattr(shared.qkv, name).split((12, 4, 4))
+        getattr(full.qkv, name).copy_(torch.cat([query, *[key] * 3, *[value] * 3]))
     full.proj.load_state_dict(shared.proj.state_dict())
     x = torch.randn(2, 3, 5, 12)
     torch.testing.assert_close(shared(x), full(x), atol=1e-6, rtol=1e-5)
@@ -206,7 +206,7 @@ def test_spreading_places_the_four_children_of_a_token_where_it_was() -> None:
 
 def test_any_mixer_stands_in_the_blocks_of_nest() -> None:
     x, answers = torch.randn(2, 3, 32, 32), set()
-    for mixer in ("attention", "multi_query", "pool", "depthwise", "spatial_fc"):
+    for mixer in ("attention", "gqa", "pool", "depthwise", "spatial_fc"):
         torch.manual_seed(0)
         model = create_model("nest", **{**TINY, "dims": (8, 16, 16), "heads": (2, 2, 2)}, img_size=32, mixer=mixer)
         answers.add(tuple(model(x)[0].tolist()))

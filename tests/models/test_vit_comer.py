@@ -24,7 +24,7 @@ OFFICIAL = {
             "deform_ratio": 0.5,
             "extra": 1,
             "vit_maps": "last",
-            "mixer": "crops",
+            "mixer": "plain_window",
             "mixer_options": {"window": 3},
         },
         (1, 3, 96, 64),
@@ -157,7 +157,7 @@ def test_the_injector_adds_the_mean_of_four_fine_tokens_and_the_enlarged_coarse_
 
 
 def test_crops_attend_inside_windows_filled_up_with_zero_keys() -> None:
-    mixer = create_mixer("crops", 8, heads=2, window=3)
+    mixer = create_mixer("plain_window", 8, heads=2, window=3, fill="products")
     x = torch.randn(2, 4, 5, 8)
     qkv = torch.zeros(2, 6, 6, 24)
     qkv[:, :4, :5] = mixer.qkv(x)

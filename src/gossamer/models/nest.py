@@ -14,6 +14,7 @@ Understanding".
   means to do and does not. Square images that the tree divides, as released, or any with `pad=True`
 """
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from gossamer.layers import Block, Classifier, Conv, Mlp, PatchEmbed, resize_positions
 from gossamer.layers.embed import pair
-from gossamer.mixers import create_mixer
+from gossamer.mixers import create_mixer, mixer_class
 from gossamer.models._pyramids import small_pyramid, stage_rates
 from gossamer.models.registry import State, register_system
 from gossamer.ops import grid as g
@@ -213,7 +214,8 @@ def _level(
     mixer_options: dict[str, Any] | None = None,
     mlp_ratio: float = 4.0,
 ) -> Level:
-    options = {**({"heads": heads} if mixer in ("attention", "multi_query") else {}), **(mixer_options or {})}
+    known = inspect.signature(mixer_class(mixer)).parameters
+    options = {**({"heads": heads} if "heads" in known else {}), **(mixer_options or {})}
     layers = [
         Block(
             dim,
@@ -276,7 +278,8 @@ def _resize(table: Tensor, level: Level) -> Tensor:
 _T: dict[str, Any] = dict(dims=(96, 192, 384), depths=(2, 2, 8), heads=(3, 6, 12))
 _S: dict[str, Any] = dict(dims=(96, 192, 384), depths=(2, 2, 20), heads=(3, 6, 12))
 _B: dict[str, Any] = dict(dims=(128, 256, 512), depths=(2, 2, 20), heads=(4, 8, 16))
-_CIFAR: dict[str, Any] = dict(depths=(3, 3, 3, 3), patch=1, img_size=32, num_classes=10, mixer="multi_query")
+_ONE_KEY: dict[str, Any] = dict(mixer="gqa", mixer_options={"kv_heads": 1})
+_CIFAR: dict[str, Any] = dict(depths=(3, 3, 3, 3), patch=1, img_size=32, num_classes=10, **_ONE_KEY)
 
 
 @register_system(
@@ -327,7 +330,7 @@ def nest(
     Args:
         dims, depths, heads: channels, layers and heads of each level, finest first.
         drop: dropout before the classifier.
-        mixer: what mixes the tokens of a block: `attention`, `multi_query`, or what else stands in for them.
+        mixer: what mixes the tokens of a block: `attention`, `gqa`, or what else stands in for them.
         init_std: deviation of the first weights, None for `fan_in ** -0.5`.
         pad: take images that are not square, or that the tree does not divide, padded at the end.
 

@@ -282,7 +282,7 @@ _S: dict[str, Any] = dict(dim=384, heads=6, dim_ratio=1.5, drop_path=0.2)
 _B: dict[str, Any] = dict(dim=768, heads=12, deform_heads=12, deform_ratio=0.5, dim_ratio=1.0, drop_path=0.3)
 _L: dict[str, Any] = dict(dim=1024, depth=24, heads=16, deform_heads=16, deform_ratio=0.5, drop_path=0.3)
 _DETECTION: dict[str, Any] = dict(dim_ratio=0.5, vit_maps="last")
-_CROPS: dict[str, Any] = dict(mixer=("crops", "crops", "attention") * 4, img_size=592)
+_CROPS: dict[str, Any] = dict(mixer=("plain_window", "plain_window", "attention") * 4, img_size=592)
 
 
 @register_system(
@@ -383,6 +383,9 @@ def vit_comer(
         options = dict(mixer_options or {})
         if "heads" in inspect.signature(mixer_class(name)).parameters:
             options.setdefault("heads", heads)
+        if name == "plain_window":
+            # The authors cut windows from the products.
+            options.setdefault("fill", "products")
         mix = create_mixer(name, dim, grid=grid, **options)
         mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         blocks.append(Block(dim, mix, mlp, norm=Norm, layer_scale=1.0, drop_path=rate))
