@@ -41,8 +41,8 @@ class DeformConv(nn.Conv2d):
     def __init__(self, dim: int, out: int, kernel: int, *, stride: int) -> None:
         super().__init__(dim, out, kernel, stride)
         self.offset = Conv(dim, 2 * kernel * kernel, kernel, stride=stride, padding=0)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b i j o"]:
         offsets = self.offset(x).unflatten(-1, (-1, 2))
@@ -204,6 +204,6 @@ def hilo(
     for module in model.modules():
         if isinstance(module, ConvMlp):
             # Variance 2 / fan_out, the fan of a depth-wise 3x3 kernel.
-            nn.init.normal_(module.dw.weight, std=sqrt(2 / 9))
-            nn.init.zeros_(module.dw.bias)
+            nn.init.normal_(module.dw.get_parameter("weight"), std=sqrt(2 / 9))
+            nn.init.zeros_(module.dw.get_parameter("bias"))
     return model
