@@ -1,0 +1,110 @@
+"""XFormer, a reconstruction: the published size, any image, linear growth, any mixer in its fuse blocks."""
+
+import pytest
+import torch
+
+from gossamer import catalogue, measure
+from gossamer.io import export_onnx
+from gossamer.models import create_model
+from pyramids import SPECS, scales
+
+TINY = {
+    "stem_widths": (8, 8),
+    "stem_strides": (2, 2),
+    "dims": (8, 16),
+    "mobile": (1, 0),
+    "widths": (0, 24),
+    "depths": (0, 1),
+    "last": 32,
+    "num_classes": 5,
+}
+
+
+def test_the_reconstruction_has_the_published_number_of_parameters() -> None:
+    row = catalogue.published("xformer")
+    assert row is not None
+    with torch.device("meta"):
+        model = create_model("xformer")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(row.params_m, rel=0.05)
+    assert catalogue.find("xformer").status == "reconstruction"
+
+
+def test_maps_have_strides_4_to_32_at_any_size() -> None:
+    model = create_model("xformer", num_classes=0, mobile=(0, 0, 0, 0), depths=(0, 1, 1, 1)).eval()
+    maps = model.features(torch.randn(1, 3, 97, 66))
+    assert [tuple(m.shape) for m in maps] == [(1, 25, 17, 64), (1, 13, 9, 96), (1, 7, 5, 128), (1, 4, 3, 160)]
+
+
+def test_the_backbone_grows_linearly_with_pixels_and_with_plain_attention_it_does_not() -> None:
+    def macs(mixer: str, side: int) -> int:
+        with torch.device("meta"):
+            model = create_model("xformer", mixer=mixer, num_classes=0).eval()
+            return measure.macs(model, (torch.empty(1, 3, side, side),)).total
+
+    # Squeeze-excitation sees one token whatever the size.
+    assert macs("cross_feature", 512) / macs("cross_feature", 256) == pytest.approx(4, rel=0.002)
+    assert macs("attention", 512) / macs("attention", 256) > 4.4
+
+
+def test_only_the_fuse_blocks_attention_looks_across_the_map() -> None:
+    model = create_model("xformer", **TINY).eval()
+    x = torch.randn(1, 9, 9, 16, requires_grad=True)
+    fuse = model.stages[1][0]
+
+    def reach() -> torch.Tensor:
+        (grad,) = torch.autograd.grad(fuse(x)[0, 0, 0].sum(), x)
+        return grad[0].abs().sum(-1) > 0
+
+    assert reach().all()
+    with torch.no_grad():
+        fuse.blocks[0].mixer.proj.weight.zero_()
+    near = torch.zeros(9, 9, dtype=torch.bool)
+    near[:3, :3] = True
+    assert torch.equal(reach(), near)
+
+
+def test_the_first_map_of_a_fuse_block_is_kept_beside_the_far_one() -> None:
+    fuse = create_model("xformer", **TINY).eval().stages[1][0]
+    with torch.no_grad():
+        fuse.narrow.norm.weight.zero_()
+    one, two = torch.randn(2, 1, 4, 4, 16)
+    assert not torch.allclose(fuse(one), fuse(two))
+
+
+def test_plain_attention_takes_the_place_of_cross_features() -> None:
+    x = torch.randn(2, 3, 32, 40)
+    outputs = []
+    for mixer in ("cross_feature", "attention", "context_score", "pool"):
+        torch.manual_seed(0)
+        model = create_model("xformer", **TINY, mixer=mixer).eval()
+        assert model.stages[1][0].blocks[0].mixer.name == mixer
+        outputs.append(model(x))
+        assert [m.shape for m in model.features(x)] == [(2, 8, 10, 8), (2, 4, 5, 16)]
+    assert len({tuple(y[0].tolist()) for y in outputs}) == 4
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least 32 .*31x64"):
+        create_model("xformer", depths=(0, 1, 1, 1))(torch.randn(1, 3, 31, 64))
+    with pytest.raises(ValueError, match="heads=5"):
+        create_model("xformer", **TINY, heads=5)
+    with pytest.raises(ValueError, match=r"must end in dims\[0\]"):
+        create_model("xformer", **{**TINY, "stem_widths": (8, 4)})
+    with pytest.raises(ValueError, match="of one length"):
+        create_model("xformer", depths=(1,))
+
+
+def test_a_small_xformer_is_exported(tmp_path) -> None:
+    model = create_model("xformer", **TINY)
+    certificate = export_onnx(model, torch.randn(2, 3, 16, 24), tmp_path / "m.onnx", exporter="fast")
+    assert certificate.passed, certificate.reason
+    assert certificate.held == "batch"
+
+
+@pytest.mark.parametrize("size", ["xs", "s", "m"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
+def test_scaled_models_cost_what_their_size_says(spec: dict, size: str) -> None:
+    _, mmacs = scales("xformer-xfa", spec, size)
+    assert mmacs <= {"xs": 8.5, "s": 42, "m": 125}[size]
+    if min(spec["img_size"]) >= 28:
+        assert mmacs >= {"xs": 3, "s": 20, "m": 75}[size]
