@@ -53,6 +53,8 @@ class ImplicitFilter(nn.Module):
         sqrt_decay: the root of the decay; joint filters only.
     """
 
+    t: Tensor
+
     def __init__(
         self,
         channels: int,
@@ -140,7 +142,8 @@ class DirectFilter(nn.Module):
         self.bias = nn.Parameter(torch.randn(convs * channels))
 
     def forward(self, grid: Sequence[int]) -> Float[Tensor, "*grid c"]:
-        return self.kernel[(..., *(slice(0, n) for n in grid))].flatten(0, 1).movedim(0, -1)
+        kernel = self.kernel.flatten(0, 1).movedim(0, -1)
+        return kernel[tuple(slice(0, n) for n in grid)]
 
 
 def _outer(factors: Sequence[Tensor]) -> Tensor:
@@ -290,7 +293,8 @@ class Hyena(Mixer):
         if t > self.grid[0]:
             raise ValueError(f"the filter is for grids up to {self.grid}, got step {t}; give grid=")
         seen = torch.cat((seen, self.in_proj(x_t)[:, None]), 1)
-        u = torch.einsum("btc,ct->bc", seen, self.short.weight[:, 0]) + self.short.bias
+        short: Any = self.short
+        u = torch.einsum("btc,ct->bc", seen, short.weight[:, 0]) + short.bias
         gates, v = self._split(u)
         new = []
         for i, gate in enumerate(gates[:0:-1]):

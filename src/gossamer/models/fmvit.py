@@ -286,7 +286,9 @@ def fmvit(
         for i in range(depth):
             rate = next(rates)
             if wide and ((i + 1) % period == 0 or i + 1 == depth):
-                options = dict(share=share, kernels=kernels, reduction=reduction, head_dim=head_dim, drop_path=rate)
+                options: dict[str, Any] = dict(
+                    share=share, kernels=kernels, reduction=reduction, head_dim=head_dim, drop_path=rate
+                )
                 blocks.append(MixBlock(width, wide, **options))
                 width = wide
                 continue

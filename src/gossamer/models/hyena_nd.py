@@ -76,9 +76,10 @@ def _fitted(model: Any, key: str, value: Tensor, own: Tensor) -> Tensor:
         side = round(value.shape[1] ** 0.5)
         return resize_positions(value, (side, side), model.stem.grid)
     if key.endswith(".filter.positions"):
-        # Almost linear in the place: another length is an interpolation.
-        rows = F.interpolate(value.mT, len(own), mode="linear", align_corners=True).mT if value.ndim == 3 else value
-        return rows[0] if rows.ndim == 3 else rows
+        if value.shape[1] != len(own):
+            # Almost linear in the place: another length is an interpolation.
+            value = F.interpolate(value.mT, len(own), mode="linear", align_corners=True).mT
+        return value[0]
     if key.endswith(".filter.kernel"):
         # The authors keep one filter more than there are convolutions.
         return value[: len(own)]
