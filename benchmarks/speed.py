@@ -61,9 +61,13 @@ def with_timm(ours: str, name: str, side: int = 224, **settings: Any) -> Pair:
     return Pair(partial(create_model, ours), lambda _: _timm().create_model(name, **settings), images(side))
 
 
-def cct(official: Path | None) -> nn.Module:
-    module = _module(official, "SHI-Labs+Compact-Transformers", "src.cct")
-    return module.cct_14_7x2_224(pretrained=False, progress=False)
+def with_authors(ours: str, repository: str, module: str, build: str, **settings: Any) -> Pair:
+    """A pair with the authors' own code."""
+
+    def theirs(official: Path | None) -> nn.Module:
+        return getattr(_module(official, repository, module), build)(**settings)
+
+    return Pair(partial(create_model, ours), theirs, images(), official=repository)
 
 
 PAIRS: dict[str, Pair] = {
@@ -71,23 +75,33 @@ PAIRS: dict[str, Pair] = {
     "deit_small_patch16_224": with_timm("deit_small_patch16_224", "deit_small_patch16_224"),
     "swin_t": with_timm("swin_t", "swin_tiny_patch4_window7_224"),
     "convnext_t": with_timm("convnext_t", "convnext_tiny"),
-    "convnext_iso_s": Pair(
-        partial(create_model, "convnext_iso_s"),
-        lambda d: _module(d, "facebookresearch+ConvNeXt", "models.convnext_isotropic").convnext_isotropic_small(),
-        images(),
-        official="facebookresearch+ConvNeXt",
+    "convnext_iso_s": with_authors(
+        "convnext_iso_s", "facebookresearch+ConvNeXt", "models.convnext_isotropic", "convnext_isotropic_small"
     ),
     "poolformer_s12": with_timm("poolformer_s12", "poolformer_s12"),
-    "metaformer_ppaa_s12": Pair(
-        partial(create_model, "metaformer_ppaa_s12"),
-        lambda d: _module(d, "sail-sg+poolformer", "models.metaformer").metaformer_ppaa_s12_224(),
-        images(),
-        official="sail-sg+poolformer",
+    "metaformer_ppaa_s12": with_authors(
+        "metaformer_ppaa_s12", "sail-sg+poolformer", "models.metaformer", "metaformer_ppaa_s12_224"
     ),
     "efficientformer_l1": with_timm("efficientformer_l1", "efficientformer_l1"),
-    "cct_14_7x2_224": Pair(
-        partial(create_model, "cct_14_7x2_224"), cct, images(), official="SHI-Labs+Compact-Transformers"
+    "cct_14_7x2_224": with_authors(
+        "cct_14_7x2_224", "SHI-Labs+Compact-Transformers", "src.cct", "cct_14_7x2_224", pretrained=False, progress=False
     ),
+    "cswin_t": with_authors("cswin_t", "microsoft+CSWin-Transformer", "models.cswin", "CSWin_64_12211_tiny_224"),
+    "maxvit_t": with_timm("maxvit_t", "maxvit_tiny_tf_224"),
+    "pvt_small": with_authors("pvt_small", "whai362+PVT/classification", "pvt", "pvt_small"),
+    "pvt_v2_b1": with_timm("pvt_v2_b1", "pvt_v2_b1"),
+    "t2t_vit_14": with_authors("t2t_vit_14", "yitu-opensource+T2T-ViT", "models.t2t_vit", "t2t_vit_14"),
+    "tnt_s": with_timm("tnt_s", "tnt_s_patch16_224"),
+    "crossvit_9": with_timm("crossvit_9", "crossvit_9_240", 240),
+    "nest_t_224": with_timm("nest_t_224", "nest_tiny_jx"),
+    "uniformer_s_image": with_authors(
+        "uniformer_s_image",
+        "Sense-X+UniFormer/image_classification",
+        "models.uniformer",
+        "uniformer_small",
+    ),
+    "sret_t": with_authors("sret_t", "szq0214+SReT", "SReT", "SReT_T"),
+    "ppma_t": with_authors("ppma_t", "zhongchenzhao+PPMA/classification", "models.PPMA", "PPMAViT_T", args=None),
 }
 
 
@@ -156,16 +170,23 @@ def _module(official: Path | None, repository: str, name: str) -> Any:
     import timm.layers
 
     # Repositories of 2021 import timm's layers from where they were then.
-    for old, new in (("timm.models.layers", timm.layers), ("timm.models.layers.helpers", timm.layers.helpers)):
-        sys.modules[old] = new
+    moved = {"layers": timm.layers, "layers.helpers": timm.layers.helpers, "registry": timm.models}
+    for old, new in moved.items():
+        sys.modules[f"timm.models.{old}"] = new
     top = name.partition(".")[0]
     for loaded in list(sys.modules):
         if loaded == top or loaded.startswith(f"{top}."):
             del sys.modules[loaded]
-    package = types.ModuleType(top)
-    package.__path__ = [str(official / repository / top)]
-    sys.modules[top] = package
-    return importlib.import_module(name)
+    if (official / repository / top).is_dir():
+        # The package's own __init__ may import what is not there.
+        package = types.ModuleType(top)
+        package.__path__ = [str(official / repository / top)]
+        sys.modules[top] = package
+    sys.path.insert(0, str(official / repository))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 def forms(model: nn.Module, inputs: tuple[Tensor, ...], kind: str) -> Callable[[], object]:
