@@ -80,7 +80,8 @@ class MultiBranchConv(nn.Module):
             y = y + branch(rows)
         if self.norm is not None:
             y = y + self.norm(rows)
-        return y.view(*x.shape[:-1], self.out) if flat else y
+        # The batch is left open, so that an exporter cannot take it for a constant.
+        return y.view(-1, *x.shape[1:-1], self.out) if flat else y
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

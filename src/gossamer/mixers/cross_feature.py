@@ -75,7 +75,7 @@ class CrossFeature(HeadMixer):
         if self.mode == "bilinear":
             y = linear_attention(q, unit(k), v, identity, normalise=False)
         else:
-            y = v @ (unit(k).mT @ q).softmax(-2)
+            y = v @ (unit(k).transpose(-2, -1) @ q).softmax(-2)
         return linear(self.proj, join_heads(y)).view(x.shape)
 
     def keep(self, axis: str, index: Int[Tensor, " k"]) -> None:

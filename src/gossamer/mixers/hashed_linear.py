@@ -97,7 +97,7 @@ class HashedLinear(Mixer):
 
     def codes(self, qk: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n bits"]:
         """`H` of normalised tokens, of -1 and 1."""
-        return sign((_kernel(qk, self.anchors) - self.means) @ self.weights.mT)
+        return sign((_kernel(qk, self.anchors) - self.means) @ self.weights.transpose(-2, -1))
 
     def trained(self) -> bool:
         """Whether there are anchors, trained or loaded."""
@@ -132,7 +132,7 @@ class HashedLinear(Mixer):
         n, count = qk.shape[2], self.anchors.shape[2]
         if count > n or 2 * self.top > n:
             raise ValueError(f"anchors and 2 * top must be at most {n} (tokens), got {count} and {2 * self.top}")
-        pairs = qk @ qk.mT
+        pairs = qk @ qk.transpose(-2, -1)
         target = torch.zeros_like(pairs)
         target.scatter_(-1, pairs.topk(self.top).indices, float(self.bits))
         target.scatter_(-1, pairs.topk(self.top, largest=False).indices, -float(self.bits))
@@ -145,7 +145,7 @@ class HashedLinear(Mixer):
         report = []
         for bit in range(self.bits):
             old = self.weights[:, bit].to(kernel)
-            new = _ascend(kernel, target + target.mT, old, self.bits)
+            new = _ascend(kernel, target + target.transpose(-2, -1), old, self.bits)
             before, after = (_signs(kernel, a) for a in (old, new))
             losses = [-_agreement(y, target) / (n * self.bits) for y in (before, after)]
             report.append((losses[0], min(losses)))
@@ -194,7 +194,7 @@ def code_attention(
     n, constant = codes.shape[2], codes.shape[3] + 1
     bias = v if own else v.sum(2, keepdim=True)
     total = codes @ codes.sum(2)[..., None] + n * constant
-    return (codes @ (codes.mT @ v) + constant * bias) / total
+    return (codes @ (codes.transpose(-2, -1) @ v) + constant * bias) / total
 
 
 def sign(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -222,7 +222,9 @@ class _Sign(torch.autograd.Function):
 
 
 def _kernel(x: Tensor, anchors: Tensor) -> Float[Tensor, "b h n m"]:
-    squares = x.square().sum(-1, keepdim=True) + anchors.square().sum(-1)[..., None, :] - 2 * x @ anchors.mT
+    squares = (
+        x.square().sum(-1, keepdim=True) + anchors.square().sum(-1)[..., None, :] - 2 * x @ anchors.transpose(-2, -1)
+    )
     return (squares / (-2 * squares.mean((2, 3), keepdim=True))).exp()
 
 
@@ -245,7 +247,7 @@ def _ascend(kernel: Tensor, both: Tensor, a: Tensor, bits: int) -> Float[Tensor,
     for _ in range(ROUNDS):
         y = 2 * torch.sigmoid(_apply(kernel, a)) - 1
         slope = (both @ y[..., None])[..., 0] * (1 - y.square()) / 2
-        gradient = (kernel.mT @ slope[..., None])[..., 0].sum(0) / size
+        gradient = (kernel.transpose(-2, -1) @ slope[..., None])[..., 0].sum(0) / size
         speed = MOMENTUM * speed + gradient
         a = a + RATE * (gradient + MOMENTUM * speed)
     return a

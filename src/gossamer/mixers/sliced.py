@@ -98,7 +98,7 @@ class SlicedAttention(HeadMixer):
     def _order(self, n: int, device: torch.device) -> Tensor:
         if self.training or self.fresh:
             return torch.randperm(n, device=device)
-        return torch.from_numpy(fixed_order(n)).to(device)
+        return torch.from_numpy(fixed_order(int(n))).to(device)
 
 
 @lru_cache(maxsize=64)

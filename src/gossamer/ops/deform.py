@@ -75,7 +75,7 @@ def multi_scale_deform(
         points: (row, column) as fractions of each map's sides, 0 and 1 its outer edges.
         weights: of each read; the caller normalises them over levels and points.
     """
-    b, _, heads, levels, _, _ = points.shape
+    heads, levels = points.shape[2:4]
     if levels != len(maps):
         raise ValueError(f"points are for {levels} levels, got {len(maps)} maps")
     reads = []
@@ -85,7 +85,7 @@ def multi_scale_deform(
         at = points[:, :, :, level].transpose(1, 2).flatten(0, 1) * size - 0.5
         share = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)
         reads.append((bilinear(split, at) * share[..., None]).sum(-2))
-    return torch.stack(reads).sum(0).unflatten(0, (b, heads)).transpose(1, 2).flatten(2)
+    return torch.stack(reads).sum(0).unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
 def _grid(rows: int, columns: int, like: dict[str, Any]) -> Tensor:

@@ -133,7 +133,7 @@ def _partition(x: Tensor, size: Sequence[int], *, dilated: bool) -> Tensor:
 def _unpartition(w: Tensor, size: Sequence[int], grid: Sequence[int], *, dilated: bool) -> Tensor:
     axes = len(size)
     counts = [g // s for g, s in zip(grid, size, strict=True)]
-    split = w.reshape(w.shape[0] // prod(counts), *counts, *size, w.shape[-1])
+    split = w.reshape(-1, *counts, *size, w.shape[-1])
     order = [0]
     for axis in range(axes):
         pair = (1 + axis, 1 + axes + axis)

@@ -147,10 +147,10 @@ def linear_attention(
     n_q, n_k, m, e = q.shape[-2], k.shape[-2], fq.shape[-1], v.shape[-1]
     # an exported graph must serve every length, so it takes the order that is safe for long ones
     if not torch.compiler.is_exporting() and n_q * n_k * (m + e) < (n_q + n_k) * m * e:
-        weights = fq @ fk.mT
+        weights = fq @ fk.transpose(-2, -1)
         y = weights @ v
         return y / (weights.sum(-1, keepdim=True) + eps) if normalise else y
-    y = fq @ (fk.mT @ v)
+    y = fq @ (fk.transpose(-2, -1) @ v)
     return y / (fq @ fk.sum(-2)[..., None] + eps) if normalise else y
 
 
@@ -187,9 +187,9 @@ def causal_linear_attention(
         lead = fq.shape[:-3]
         state = LinearState(fq.new_zeros(*lead, m, e), fq.new_zeros(*lead, m))
     # entry i: the state before chunk i; the last entry: after all of them
-    kv = torch.cat([state.kv[..., None, :, :], fk.mT @ v], -3).cumsum(-3)
+    kv = torch.cat([state.kv[..., None, :, :], fk.transpose(-2, -1) @ v], -3).cumsum(-3)
     z = torch.cat([state.z[..., None, :], fk.sum(-2)], -2).cumsum(-2)
-    weights = (fq @ fk.mT).tril()
+    weights = (fq @ fk.transpose(-2, -1)).tril()
     y = weights @ v + fq @ kv[..., :-1, :, :]
     if normalise:
         y = y / (weights.sum(-1, keepdim=True) + fq @ z[..., :-1, :, None] + eps)
