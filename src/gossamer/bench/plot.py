@@ -86,7 +86,7 @@ def spread(heights: list[float]) -> list[float]:
     if not heights:
         return []
     gap = min(0.04, 1 / len(heights))
-    low = []
+    low: list[float] = []
     for height in heights:
         low.append(max(height, low[-1] + gap) if low else max(height, 0.0))
     top = 1.0

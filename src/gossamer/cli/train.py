@@ -34,6 +34,9 @@ def command(
     time: Annotated[str | None, typer.Option(help="Stop after this long, like 20m.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", min=0.0)] = None,
     batch: Annotated[int | None, typer.Option(help="Batch size, all processes together.", min=1)] = None,
+    pretrain: Annotated[
+        int, typer.Option(help="Images: passes over them without labels first, for a ViT with a class token.", min=0)
+    ] = 0,
     seed: Seed = 0,
     horizon: Horizon = None,
     lookback: Lookback = None,
@@ -69,6 +72,7 @@ def command(
         batch_size=batch,
         seed=seed,
         options=options,
+        pretrain=pretrain,
         quiet=as_json,
     )
     if as_json:

@@ -14,18 +14,28 @@ from torch import Tensor, nn
 
 
 class MovingAverage:
-    """The moving average of `model`'s parameters and floating-point buffers."""
+    """The moving average of `model`'s parameters and floating-point buffers.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    Args:
+        decay: its largest value.
+        into: a copy of `model` whose tensors hold the average, for one that has to answer as well (a teacher).
+    """
+
+    def __init__(self, model: nn.Module, decay: float, *, into: nn.Module | None = None) -> None:
         self.decay = decay
         self.steps = 0
         self._live = [t for t in _tensors(model) if t.is_floating_point()]
-        self.average = [t.detach().clone() for t in self._live]
+        if into is None:
+            self.average = [t.detach().clone() for t in self._live]
+        else:
+            self.average = [t.detach() for t in _tensors(into) if t.is_floating_point()]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, decay: float | None = None) -> None:
+        """One step of the average, with the `d` of the rule above or the one given."""
         self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        if decay is None:
+            decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.average, [t.detach() for t in self._live], 1 - decay)
 
     @contextmanager

@@ -17,13 +17,14 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gossamer.catalogue import find
-from gossamer.data import read_dataset
+from gossamer.data import Dataset, read_dataset
 from gossamer.io import atomic_write, load_weights, read_json, save_weights, write_json
 from gossamer.measure import device_info
 from gossamer.models import create_model
 from gossamer.models.folder import save
 from gossamer.models.registry import system
 from gossamer.tasks import create_task
+from gossamer.train.pretrain import pretrain as pretrain_model
 from gossamer.train.settings import Schedule, Settings
 from gossamer.train.trainer import Trainer
 
@@ -45,6 +46,7 @@ def train_model(
     options: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
     model_options: dict[str, Any] | None = None,
+    pretrain: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Trains the model `name` on `source`, with its authors' learning settings unless others are given.
@@ -54,6 +56,8 @@ def train_model(
         settings: further fields of `Settings`.
         model_options: overrides of the model's builder.
         options: keywords of `read_dataset`.
+        pretrain: passes over the training images before, without their labels (`gossamer.train.pretrain`), for a ViT
+            with a class token; they take at most half of `seconds`.
 
     Returns:
         Validation and test metrics of the best weights, steps, seconds, and where they lie; also in `results.json`.
@@ -81,6 +85,7 @@ def train_model(
         "seconds": seconds,
         "schedule": schedule,
         "settings": chosen.to_dict(),
+        "pretrain": pretrain or None,
     }
     _claim(out, run)
     if (out / "results.json").exists():
@@ -92,11 +97,12 @@ def train_model(
         raise ValueError(f"{name} is not for {data.task}; it is for {', '.join(entry.tasks)}")
     torch.manual_seed(seed)
     model = create_model(name, **{**data.spec, **(model_options or {})})
+    before = _pretrained(model, data, out, pretrain, seconds, seed, quiet) if pretrain else None
     trainer = Trainer(model, job, data, chosen)
     main = trainer.accelerator.is_main_process
     checkpoint, best_file = out / "checkpoints" / "last.pt", out / "checkpoints" / "best.safetensors"
     best: dict[str, Any] = {"epoch": -1, "value": None}
-    spent, since = 0.0, 0
+    spent, since = (before["seconds"] if before else 0.0), 0
     if checkpoint.exists():
         extra = trainer.load(checkpoint)
         best, spent, since = extra["best"], extra["spent"], extra["since"]
@@ -170,9 +176,27 @@ def train_model(
             "folder": str(save(model, out / "model")),
             "device": device_info(),
         }
+        if before:
+            result["pretrain"] = {**before["neighbours"], **before["last"], "epochs": before["epochs"]}
         write_json(out / "results.json", result)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _pretrained(
+    model: Any, data: Dataset, out: Path, epochs: int, seconds: float | None, seed: int, quiet: bool
+) -> dict[str, Any]:
+    """Learns `model` from the images alone, or reads what was learnt before."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, disable=quiet) as bar:
+        row = bar.add_task("pre-training", total=None, note="")
+
+        def note(step: int, total: int, losses: dict[str, float]) -> None:
+            words = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            bar.update(row, completed=step, total=total, note=words)
+
+        half = None if seconds is None else seconds / 2
+        return pretrain_model(model, data, out / "pretrain", epochs=epochs, seconds=half, seed=seed, note=note)
 
 
 def _claim(out: Path, run: dict[str, Any]) -> None:
