@@ -21,18 +21,18 @@ from torch import Tensor, nn
 
 from gossamer.layers import BatchNorm, Block, Classifier, ConvNorm, GroupNorm1, Mlp
 from gossamer.layers.blocks import drop_path_rates
-from gossamer.layers.conv import channels_last
 from gossamer.layers.distilled import DistilledClassifier
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
+from gossamer.layers.stem import ConvStem
 from gossamer.mixers import create_mixer
 from gossamer.mixers.offset_bias_attention import OffsetBiasAttention
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
 
 
-class ConvStem(nn.Module):
-    """Two 3x3 convolutions, each with batch norm and ReLU, that lower the resolution by `strides`.
+class BoundStem(ConvStem):
+    """A stem of two convolutions for images whose last map has the size that the attention is bound to.
 
     Args:
         img_size: the image side the attention behind it is built for, None for any.
@@ -48,11 +48,7 @@ class ConvStem(nn.Module):
         img_size: tuple[int, int] | None = None,
         reduction: int = 32,
     ) -> None:
-        super().__init__()
-        widths = (in_chans, dim // 2, dim)
-        self.convs = nn.Sequential(
-            *(ConvNorm(widths[i], widths[i + 1], 3, stride=strides[i], act=nn.ReLU) for i in range(2))
-        )
+        super().__init__(in_chans, (dim // 2, dim), strides)
         self.img_size = img_size
         self.reduction = reduction
 
@@ -64,7 +60,7 @@ class ConvStem(nn.Module):
                     f"the attention biases are for images of {self.img_size[0]}x{self.img_size[1]}, got "
                     f"{size[0]}x{size[1]}; build the model with img_size={size}"
                 )
-        return self.convs(channels_last(image).movedim(1, -1))
+        return super().forward(image)
 
 
 def _grid(size: tuple[int, ...], reduction: int) -> tuple[int, ...]:
@@ -252,7 +248,7 @@ def efficientformer(
         stages.append(blocks)
         reduction *= 2
     bound = attention_blocks > 0 and dense is None
-    stem = ConvStem(in_chans, widths[0], stem_strides, img_size=size if bound else None, reduction=reduction // 2)
+    stem = BoundStem(in_chans, widths[0], stem_strides, img_size=size if bound else None, reduction=reduction // 2)
     merges = [ConvNorm(a, b, 3, stride=2) for a, b in pairwise(widths)]
     head: nn.Module = nn.Identity()
     if dense is None:

@@ -13,7 +13,6 @@ Source: Tan et al. 2023, "FMViT: A multiple-frequency mixing Vision Transformer"
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gossamer.layers import BatchNorm, Block, Classifier, ConvNorm
+from gossamer.layers import BatchNorm, Block, Classifier
 from gossamer.layers.blocks import drop_path_rates
-from gossamer.layers.conv import channels_last
 from gossamer.layers.reparam import MultiBranchConv, MultiBranchMlp, merge
+from gossamer.layers.stem import ConvStem
 from gossamer.mixers.spatial_reduction import SpatialReduction
 from gossamer.models._pyramids import BUDGETS, small_pyramid
 from gossamer.models.registry import register_system
@@ -169,32 +168,6 @@ class MixBlock(nn.Module):
         return self.mlp(torch.cat(paths, -1) if len(paths) > 1 else paths[0])
 
 
-class Stem(nn.Module):
-    """3x3 convolutions with batch norm and ReLU; images no smaller than the deepest stride.
-
-    Args:
-        widths: channels after each convolution.
-        strides: step of each.
-        least: smallest image side.
-    """
-
-    def __init__(self, in_chans: int, widths: Sequence[int], strides: Sequence[int], *, least: int) -> None:
-        super().__init__()
-        self.least = least
-        self.convs = nn.Sequential(
-            *(
-                ConvNorm(dim, out, 3, stride=stride, bias=False, act=nn.ReLU)
-                for (dim, out), stride in zip(pairwise((in_chans, *widths)), strides, strict=True)
-            )
-        )
-
-    def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b h w c"]:
-        height, width = image.shape[2:]
-        if min(height, width) < self.least:
-            raise ValueError(f"image sides must be at least {self.least} (the deepest stride), got {height}x{width}")
-        return self.convs(channels_last(image).movedim(1, -1))
-
-
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     found = small_pyramid(spec, size, block=12, step=8, least_patch=2)
     patch, depths = found["patch"], found["depths"]
@@ -301,7 +274,7 @@ def fmvit(
     for stride in stem_strides:
         least *= stride
     model = Pyramid(
-        Stem(in_chans, stem_widths, stem_strides, least=least),
+        ConvStem(in_chans, stem_widths, stem_strides, bias=False, least=least),
         stages,
         merges,
         norm=BatchNorm(width),

@@ -21,42 +21,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gossamer.layers import BatchNorm, Block, Classifier, ConvNorm, LayerNorm
-from gossamer.layers.conv import channels_last
 from gossamer.layers.init import init_transformer
 from gossamer.layers.linear import linear
 from gossamer.layers.mlp import ConvMlp
 from gossamer.layers.positions import ConvPositions
+from gossamer.layers.stem import ConvStem
 from gossamer.mixers import create_mixer, mixer_class
 from gossamer.models._pyramids import keep_backbone, small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
-
-
-class ConvStem(nn.Module):
-    """Four convolutions with batch norms; the first and the third lower the resolution by `strides`.
-
-    Kernels are 3 pixels wide, or one more than a stride of more than 2.
-    """
-
-    def __init__(self, in_chans: int, dim: int, strides: Sequence[int]) -> None:
-        super().__init__()
-        first, third = strides
-        widths = (in_chans, dim // 2, dim // 2, dim, dim)
-        self.convs = nn.Sequential(
-            *(
-                ConvNorm(
-                    widths[i],
-                    widths[i + 1],
-                    3 if stride <= 2 else stride + 1,
-                    stride=stride,
-                    act=nn.GELU if i < 3 else nn.Identity,
-                )
-                for i, stride in enumerate((first, 1, third, 1))
-            )
-        )
-
-    def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b h w c"]:
-        return self.convs(channels_last(image).movedim(1, -1))
 
 
 class ProjectedClassifier(nn.Module):
@@ -234,8 +207,9 @@ def ppma(
             block = Block(dim, mix, mlp, norm=norm, layer_scale=layer_scale[i], drop_path=rate)
             blocks.append(nn.Sequential(ConvPositions(dim), block))
         stages.append(blocks)
+    stem_widths, steps = (dims[0] // 2, dims[0] // 2, dims[0], dims[0]), (stem_strides[0], 1, stem_strides[1], 1)
     model = Pyramid(
-        ConvStem(in_chans, dims[0], stem_strides),
+        ConvStem(in_chans, stem_widths, steps, act=nn.GELU, last_act=False),
         stages,
         [ConvNorm(dim, out, 3, stride=2) for dim, out in pairwise(dims)],
         norm=None,

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gossamer.layers import BatchNorm, Block, Classifier, ConvNorm, GroupNorm1, Mlp
-from gossamer.layers.conv import channels_last
 from gossamer.layers.init import init_transformer
+from gossamer.layers.stem import ConvStem
 from gossamer.mixers.strip_attention import StripAttention
 from gossamer.models._pyramids import BUDGETS, small_pyramid, stage_rates
 from gossamer.models.registry import register_system
@@ -37,27 +37,6 @@ class Local(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         return x + self.fc(self.near(x))
-
-
-class Stem(nn.Module):
-    """3x3 convolutions, each with batch norm and GELU.
-
-    Args:
-        widths: channels after each.
-        strides: step of each.
-    """
-
-    def __init__(self, in_chans: int, widths: Sequence[int], strides: Sequence[int]) -> None:
-        super().__init__()
-        self.convs = nn.Sequential(
-            *(
-                ConvNorm(dim, out, 3, stride=stride, act=nn.GELU)
-                for (dim, out), stride in zip(pairwise((in_chans, *widths)), strides, strict=True)
-            )
-        )
-
-    def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b h w c"]:
-        return self.convs(channels_last(image).movedim(1, -1))
 
 
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
@@ -140,7 +119,7 @@ def s2aformer(
             blocks += [Local(dim), Block(dim, mix, mlp, norm=kind, drop_path=rate)]
         stages.append(blocks)
     model = Pyramid(
-        Stem(in_chans, stem_widths or (dims[0] // 2, dims[0]), stem_strides),
+        ConvStem(in_chans, stem_widths or (dims[0] // 2, dims[0]), stem_strides, act=nn.GELU),
         stages,
         [ConvNorm(dim, out, 3, stride=2) for dim, out in pairwise(dims)],
         norm=None,

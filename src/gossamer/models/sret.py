@@ -23,12 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gossamer.layers import Classifier, Conv, ConvNorm, GridPositions, Mlp
+from gossamer.layers import Classifier, Conv, GridPositions, Mlp
 from gossamer.layers.blocks import DropPath
-from gossamer.layers.conv import channels_last
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_by_width
 from gossamer.layers.positions import resize_positions
+from gossamer.layers.stem import ConvStem
 from gossamer.mixers import create_mixer
 from gossamer.mixers.sliced import SlicedAttention
 from gossamer.models.registry import State, register_system
@@ -103,20 +103,6 @@ class Recursion(nn.Module):
         for loop, projection in enumerate(self.projections):
             x = projection(self.block(x, again=loop > 0))
         return x
-
-
-class ConvStem(nn.Module):
-    """3x3 convolutions with batch norm and ReLU, one for each step; the first has half the channels."""
-
-    def __init__(self, in_chans: int, dim: int, strides: Sequence[int]) -> None:
-        super().__init__()
-        widths = [in_chans, dim // 2, *[dim] * (len(strides) - 1)]
-        self.convs = nn.Sequential(
-            *(ConvNorm(a, b, 3, stride=s, act=nn.ReLU) for (a, b), s in zip(pairwise(widths), strides, strict=True))
-        )
-
-    def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b h w c"]:
-        return self.convs(channels_last(image).movedim(1, -1))
 
 
 def _grid(size: tuple[int, int], step: int) -> tuple[int, int]:
@@ -311,10 +297,11 @@ def sret(
             hidden = int(dim * projection_ratio)
             stage.append(Recursion(shared, [Projection(dim, hidden) for _ in range(loops)]))
         stages.append(stage)
+    stem_widths = (dims[0] // 2, *[dims[0]] * (len(stem_strides) - 1))
     positions = GridPositions(dims[0], _grid(size, step), resize=True)
     nn.init.trunc_normal_(positions.table, std=0.02)
     model = Pyramid(
-        nn.Sequential(ConvStem(in_chans, dims[0], stem_strides), positions),
+        nn.Sequential(ConvStem(in_chans, stem_widths, stem_strides), positions),
         stages,
         [Conv(a, b, 3, stride=2, groups=a) for a, b in pairwise(dims)],
         norm=None,
