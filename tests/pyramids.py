@@ -80,7 +80,7 @@ def scales(slug: str, spec: dict[str, Any], size: str) -> tuple[torch.nn.Module,
     y = model(x)
     assert y.shape == (2, spec["num_classes"])
     y.logsumexp(-1).sum().backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters() if p.requires_grad)
     with torch.device("meta"):
         model = create_model(name, **settings).eval()
         return model, measure.macs(model, (torch.empty(1, spec["in_chans"], *spec["img_size"]),)).total / 1e6
