@@ -14,7 +14,7 @@ Source: Chen et al. 2021, "CrossViT: Cross-Attention Multi-Scale Vision Transfor
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +154,7 @@ class CrossVit(nn.Module):
         """The normalised map of each branch, small patches first."""
         maps = []
         for x, stem, head in zip(self.encode(image), self.stems, self.heads, strict=True):
-            maps.append(head.norm(x[:, 1:]).unflatten(1, stem.grid))
+            maps.append(cast(Any, head).norm(x[:, 1:]).unflatten(1, stem.grid))
         return maps
 
 

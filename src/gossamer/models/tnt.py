@@ -12,7 +12,7 @@ Source: Han et al. 2021, "Transformer in Transformer".
 - `tnt_ti` is described in the paper alone. The released code's squeeze-and-excitation, in no variant, is not here
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +154,7 @@ class Tnt(nn.Module):
 
     def features(self, image: Float[Tensor, "b i height width"]) -> list[Float[Tensor, "b h w c"]]:
         """The one map it has: the normalised sentences."""
-        return [self.head.norm(self.encode(image)[:, 1:]).unflatten(1, self.grid)]
+        return [cast(Any, self.head).norm(self.encode(image)[:, 1:]).unflatten(1, self.grid)]
 
 
 def _convert(model: Any, state: State) -> State:
