@@ -1,7 +1,7 @@
 """How soon each family learns from scratch: equal seconds of training on like data, one size each.
 
-`python benchmarks/first_minutes.py [--seconds 15] [TASK …]` writes `benchmarks/results/first_minutes.json` and, from
-it, the table that orders the candidates of a fit (`src/gossamer/fit/first_minutes.json`): for each task, the mean lag of a
+`python benchmarks/first_minutes.py [--seconds 15] [TASK …]` writes `benchmarks/results/first_minutes.json` and from it
+the table that orders the candidates of a fit, `src/gossamer/fit/first_minutes.json`: for each task the mean lag of a
 family behind the best one, in points of accuracy or in per cent of error. Tasks that are not named keep their figures.
 """
 

@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -90,6 +91,8 @@ class ConvMlp(nn.Module):
         residual: add the convolution's input to its answer.
         drop: dropout probability ahead of and after the second product.
     """
+
+    dw: Any
 
     def __init__(
         self,

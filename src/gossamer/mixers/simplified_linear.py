@@ -11,6 +11,8 @@ Re-parameterized Batch Normalization", section 3.3.
 - prunable: heads
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -45,6 +47,8 @@ class SimplifiedLinear(HeadMixer):
         ValueError: `heads` does not divide `dim`.
     """
 
+    conv: Any
+
     def __init__(
         self,
         dim: int,
@@ -78,9 +82,10 @@ class SimplifiedLinear(HeadMixer):
         size = tuple(x.shape[1:-1])
         q, k, v = linear(self.qkv, x.flatten(1, 2)).chunk(3, -1)
         k = k + resize_positions(self.positions, self.size, size, mode="bilinear")
-        y = linear_attention(*(split_heads(t, self.heads) for t in (q, k, v)), relu)
-        weight = self.conv.weight.repeat(self.heads, 1, 1, 1)
-        near = depthwise_conv(v.unflatten(1, size).movedim(-1, 1), weight, self.conv.bias.repeat(self.heads))
+        heads = self.heads
+        y = linear_attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), relu)
+        weight = self.conv.weight.repeat(heads, 1, 1, 1)
+        near = depthwise_conv(v.unflatten(1, size).movedim(-1, 1), weight, self.conv.bias.repeat(heads))
         return linear(self.proj, join_heads(y).view(x.shape[0], *size, -1) + near.movedim(1, -1))
 
     def keep(self, axis: str, index: Int[Tensor, " k"]) -> None:
