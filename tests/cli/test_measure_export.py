@@ -34,6 +34,14 @@ def test_tokens_and_series_are_told_by_the_model_itself() -> None:
     assert model(x, marks).shape == (1, 96, 5)
 
 
+def test_a_video_model_takes_clips() -> None:
+    model, (clip,) = model_and_inputs("uniformer_s_video8", "3x4x32x64")
+    assert clip.shape == (1, 3, 4, 32, 64)
+    assert model(clip).shape == (1, 400)
+    with pytest.raises(ValueError, match="CxTxHxW, like 3x16x224x224, for this video model; got 3x32x32"):
+        model_and_inputs("uniformer_s_video8", "3x32x32")
+
+
 def test_without_an_input_a_model_is_the_published_one() -> None:
     model, (x,) = model_and_inputs(TINY, None)
     row = published(TINY)

@@ -36,9 +36,8 @@ from gossamer.measure import device_info, latency, macs, parameters, peak_memory
 from gossamer.mixers import list_mixers, mixer_class
 
 SHARES = (16, 4, 1)  # the grids hold 1/16, 1/4 and all of the tokens
-MIN_RUNS = 10
-# Calls a timing takes even when its time is over: set-up, two windows of warm-up, counted runs.
-CALLS = 1 + 10 + MIN_RUNS
+MIN_RUNS = 5
+CALLS = 2 + MIN_RUNS  # that a timing takes even when its time is over: set-up, a round of warm-up, counted runs
 LEAST_S = 0.1  # of timing at a grid, however little time is left
 CHEAP_S = 2.0  # nothing is left out where all can be timed in this
 TIMING = 0.35  # share of the time that goes to timing where networks are trained too

@@ -53,7 +53,8 @@ InputSize = Annotated[
     str | None,
     typer.Option(
         "--input",
-        help="3x224x224 for images, 128 for tokens, 96x7 for steps x channels; the model's own if not given.",
+        help="3x224x224 for images, 3x16x224x224 for clips, 128 for tokens, 96x7 for steps x channels; the model's own "
+        "if not given.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -13,14 +13,17 @@ if TYPE_CHECKING:
 
 __all__ = ["model_and_inputs"]
 
+CLIP = 16
+"""Frames of a clip where the user does not say."""
+
 
 def model_and_inputs(name: str, shape: str | None) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The model `name` built for inputs of `shape`, in evaluation mode, and one random sample, batch first.
 
     Args:
         name: a model's name, or a folder that holds a saved model (a run of `gossamer fit` among them).
-        shape: `CxHxW` for images, `N` tokens for text, `LxC` steps and channels for series; None takes the
-            size the model has by itself.
+        shape: `CxHxW` for images, `CxTxHxW` for clips, `N` tokens for text, `LxC` steps and channels for series; None
+            takes the size the model has by itself.
 
     Raises:
         ValueError: no such model, or a shape of another kind than the model reads.
@@ -66,7 +69,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind(settings: dict[str, Any]) -> str:
-    # A builder of both image and text models takes text where a vocabulary is set.
+    # A builder of both image and text models takes text where a vocabulary is set, clips where `video` is.
+    if settings.get("video"):
+        return "video"
     for kind, key in (("text", "vocab_size"), ("image", "img_size"), ("series", "seq_len")):
         if settings.get(key):
             return kind
@@ -78,11 +83,17 @@ def _overrides(settings: dict[str, Any], size: tuple[int, ...] | None) -> dict[s
     if size is None:
         return {}
     kind = _kind(settings)
-    axes = {"image": "CxHxW, like 3x224x224", "text": "N tokens, like 128", "series": "LxC, like 96x7"}
-    if len(size) != {"image": 3, "text": 1, "series": 2}[kind]:
-        raise ValueError(f"input must be {axes[kind]}, for this {kind} model; got {'x'.join(map(str, size))}")
-    if kind == "image":
-        wanted: dict[str, Any] = {"in_chans": size[0], "img_size": size[1:]}
+    axes = {
+        "image": (3, "CxHxW, like 3x224x224"),
+        "video": (4, "CxTxHxW, like 3x16x224x224"),
+        "text": (1, "N tokens, like 128"),
+        "series": (2, "LxC, like 96x7"),
+    }
+    count, words = axes[kind]
+    if len(size) != count:
+        raise ValueError(f"input must be {words}, for this {kind} model; got {'x'.join(map(str, size))}")
+    if kind in ("image", "video"):
+        wanted: dict[str, Any] = {"in_chans": size[0], "img_size": size[-2:]}
         same = {"in_chans": settings.get("in_chans"), "img_size": _pair(settings["img_size"])}
     elif kind == "text":
         wanted, same = {"max_len": size[0]}, {"max_len": settings.get("max_len")}
@@ -98,9 +109,9 @@ def _sample(settings: dict[str, Any], size: tuple[int, ...] | None) -> tuple[Ten
     from gossamer.layers.series import calendar_features
 
     kind = _kind(settings)
-    if kind == "image":
-        chw = size or (settings.get("in_chans", 3), *_pair(settings["img_size"]))
-        return (torch.randn(1, *chw),)
+    if kind in ("image", "video"):
+        frames = (CLIP,) if kind == "video" else ()
+        return (torch.randn(1, *(size or (settings.get("in_chans", 3), *frames, *_pair(settings["img_size"])))),)
     if kind == "text":
         tokens = size[0] if size else settings["max_len"]
         # Token 0 is padding: a sample of it would measure masked work.
