@@ -39,7 +39,7 @@ SHARES = (16, 4, 1)  # the grids hold 1/16, 1/4 and all of the tokens
 MIN_RUNS = 5
 CALLS = 2 + MIN_RUNS  # that a timing takes even when its time is over: set-up, a round of warm-up, counted runs
 LEAST_S = 0.1  # of timing at a grid, however little time is left
-CHEAP_S = 2.0  # nothing is left out where all can be timed in this
+CHEAP_S = 2.0  # nothing is left out where a call, or the timing of all, takes no longer
 TIMING = 0.35  # share of the time that goes to timing where networks are trained too
 MIB = 2**20
 
@@ -239,7 +239,7 @@ def _too_much(sizes: list[dict[str, Any]], tokens: int, seconds: float) -> str:
     free = psutil.virtual_memory().available / MIB
     if last["peak_mib"] * growth > 0.8 * free:
         return f"may need {last['peak_mib'] * growth / 1024:.1f} GiB on {tokens} tokens; {free / 1024:.1f} GiB are free"
-    if last["ms"] / 1e3 * growth > max(seconds, LEAST_S):
+    if last["ms"] / 1e3 * growth > max(seconds, CHEAP_S):
         return f"may take {last['ms'] / 1e3 * growth:.0f} s a call on {tokens} tokens; give more --time"
     return ""
 

@@ -77,7 +77,8 @@ def _beside(axis: Any, points: list[tuple[float, float, str, str]]) -> None:
     for (_, (x, y, text, colour)), height in zip(shown, spread([h for h, _ in shown]), strict=True):
         axis.annotate(
             text, (x, y), xytext=(1.04, height), textcoords="axes fraction", fontsize=6.5, color=colour,
-            va="center", annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "relpos": (0, 0.5)},
+            va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
