@@ -95,6 +95,7 @@ def results(**other: Any) -> dict[str, Any]:
     return {
         "winner": winner,
         "closest": None,
+        "candidates": [],
         "metric": "accuracy",
         "budget": {"latency": 1.0},
         "meets_budget": True,
@@ -121,4 +122,7 @@ def test_the_summary_of_a_run_over_its_budget_says_so_and_names_the_closest() ->
     ).summary()
     assert text.startswith("nothing meets the budget; the closest is gam-xs: latency 0.5ms > 0.25ms")
     text = FitResult(results(winner=None, closest=None, meets_budget=False), Path("x")).summary()
-    assert text.startswith("nothing meets the budget; no candidate could be measured")
+    assert text.startswith("nothing meets the budget; no candidate could be measured\n")
+    unmeasured = [{"status": "left out"}, {"status": "not measured"}, {"status": "not measured"}]
+    text = FitResult(results(winner=None, closest=None, meets_budget=False, candidates=unmeasured), Path("x")).summary()
+    assert "2 candidates were not measured in the time given" in text

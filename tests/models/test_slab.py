@@ -17,7 +17,7 @@ from gossamer.models import create_model, load_official
 from gossamer.models.registry import rename, system
 from gossamer.ops import grid as g
 from official import golden, manifest, probe, seeded_input, seeded_state
-from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
+from pyramids import SPECS, costs_are_published, manifest_fits, scales
 from pyramids import _find as parameter_of
 from pyramids import _order as order_of
 
@@ -58,10 +58,8 @@ OFFICIAL: dict[str, tuple[dict[str, Any], tuple[int, ...], str]] = {
 def test_slab_equals_official(name: str) -> None:
     settings, shape, key = OFFICIAL[name]
     settings = {**settings, "num_classes": 7}
-    if "softmax" in name:
-        return equals_official(name, "slab", settings, shape, key)
     saved = golden(name)
-    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 3e-4 if "softmax" in name else 1e-3)):
         model = create_model("slab", **settings).eval().to(dtype)
         state = seeded_state(saved["shapes"], dtype)
         load_official(model, state)
@@ -72,8 +70,8 @@ def test_slab_equals_official(name: str) -> None:
         order = order_of(model, "slab", state, key, own)
         wanted = saved["output0"], saved["grad_input"], saved["grad_weight"].flatten()[order].view(weight.shape)
         for ours, theirs in zip((y, *gradients), wanted, strict=True):
-            # A token whose features are nearly all zero is divided by nearly nothing: in single precision its large
-            # gradients are good to three digits, the authors' own too.
+            # Of the largest entry; batch norms of drawn statistics magnify the rounding. A token whose linear features are nearly all zero is divided by nearly nothing: in
+            # single precision its large gradients are good to three digits, the authors' own too.
             atol = tolerance * float(theirs.abs().max())
             torch.testing.assert_close(ours, theirs.to(dtype), atol=atol, rtol=0)
 

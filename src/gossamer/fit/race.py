@@ -17,6 +17,7 @@ import json
 import math
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ import optuna
 import psutil
 import torch
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from gossamer.data.base import Dataset
 from gossamer.fit.candidates import Candidate
@@ -50,13 +52,21 @@ DEFAULT_LR = {"image-classification": 2e-3, "text-classification": 2e-3, "foreca
 def open_study(name: str, storage: str, maximise: bool, seed: int) -> optuna.Study:
     """The study of a run, made if it is not there yet."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.create_study(
-        study_name=name,
-        storage=storage,
-        direction="maximize" if maximise else "minimize",
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=4),
-        load_if_exists=True,
-    )
+    waits = [0.2, 0.4, 0.8]
+    while True:
+        try:
+            return optuna.create_study(
+                study_name=name,
+                storage=storage,
+                direction="maximize" if maximise else "minimize",
+                sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=4),
+                load_if_exists=True,
+            )
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError):
+            # Another process was making the same tables.
+            if not waits:
+                raise
+            time.sleep(waits.pop(0))
 
 
 def unit_seconds(total: float) -> float:
