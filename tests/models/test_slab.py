@@ -70,8 +70,8 @@ def test_slab_equals_official(name: str) -> None:
         order = order_of(model, "slab", state, key, own)
         wanted = saved["output0"], saved["grad_input"], saved["grad_weight"].flatten()[order].view(weight.shape)
         for ours, theirs in zip((y, *gradients), wanted, strict=True):
-            # Of the largest entry; batch norms of drawn statistics magnify the rounding. A token whose linear features are nearly all zero is divided by nearly nothing: in
-            # single precision its large gradients are good to three digits, the authors' own too.
+            # Of the largest entry: batch norms of drawn statistics magnify the rounding, and a token whose linear
+            # features are nearly all zero is divided by nearly nothing; the authors' own gradients are no better.
             atol = tolerance * float(theirs.abs().max())
             torch.testing.assert_close(ours, theirs.to(dtype), atol=atol, rtol=0)
 
