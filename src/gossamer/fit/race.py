@@ -238,7 +238,11 @@ class Race:
         names = self.study.user_attrs.get("candidates")
         if names is None:
             names = sorted(self.candidates)
-            self.study.set_user_attr("candidates", names)
+            try:
+                self.study.set_user_attr("candidates", names)
+            except SQLAlchemyError:
+                # Another process set them first.
+                names = self.study.user_attrs["candidates"]
         return names
 
     def _next(self) -> dict[str, Any] | None:
