@@ -86,6 +86,14 @@ def scales(slug: str, spec: dict[str, Any], size: str) -> tuple[torch.nn.Module,
         return model, measure.macs(model, (torch.empty(1, spec["in_chans"], *spec["img_size"]),)).total / 1e6
 
 
+def keeps_budget(slug: str, side: int, size: str, low: float, high: float) -> None:
+    """The scaled model for colour images of `side` pixels costs between `low` and `high` MMACs."""
+    name, settings = system(slug).scale({"img_size": (side, side), "in_chans": 3, "num_classes": 10}, size)
+    with torch.device("meta"):
+        model = create_model(name, **settings).eval()
+        assert low < measure.macs(model, (torch.empty(1, 3, side, side),)).total / 1e6 < high
+
+
 SPECS = [
     {"img_size": (8, 8), "in_chans": 1, "num_classes": 10},
     {"img_size": (28, 28), "in_chans": 1, "num_classes": 10},
