@@ -10,7 +10,7 @@ import gossamer
 from gossamer.measure.timing import Latency
 from gossamer.models import create_model
 from gossamer.shrink import gate, recipe
-from gossamer.shrink.prune import prunable, prune
+from gossamer.shrink.passes.magnitude import magnitude, prunable
 
 SMALL = {"img_size": 16, "patch": 4, "dim": 32, "depth": 2, "heads": 4, "num_classes": 3}
 
@@ -30,20 +30,20 @@ def test_pruning_what_does_nothing_changes_nothing():
             block.mixer.qkv.bias[2 * 32 + 16 :] = 0
     x = torch.randn(2, 3, 16, 16)
     before = net(x)
-    prune(net, 0.5)
+    magnitude(net, keep=0.5)
     assert set(prunable(net).values()) == {2, 64}
     assert torch.allclose(net(x), before, atol=1e-6)
 
 
 def test_pruning_keeps_hidden_widths_in_whole_vectors():
     net = model()
-    prune(net, 0.55)
+    magnitude(net, keep=0.55)
     assert all(width % 8 == 0 for (_, axis), width in prunable(net).items() if axis == "hidden")
 
 
 def test_a_pruned_model_is_the_same_after_loading_in_a_fresh_process_without_pickle(tmp_path):
     net = model()
-    prune(net, 0.5)
+    magnitude(net, keep=0.5)
     x = torch.randn(2, 3, 16, 16)
     gossamer.save(net, tmp_path / "m")
     torch.save({"x": x, "y": net(x).detach()}, tmp_path / "io.pt")

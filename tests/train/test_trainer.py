@@ -10,7 +10,6 @@ from gossamer.data import read_dataset
 from gossamer.models import create_model
 from gossamer.tasks import create_task
 from gossamer.train import Diverged, Settings, Trainer
-from gossamer.train.distill import distillation_loss
 from gossamer.train.ema import MovingAverage
 from gossamer.train.settings import build_optimiser, schedule_factor
 
@@ -122,17 +121,6 @@ def test_weight_decay_is_for_matrices_only(digits):
     names = {id(p): n for n, p in model.named_parameters()}
     assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
     assert {"stem.positions", "stem.tokens", "norm.weight", "head.fc.bias"} <= {names[id(p)] for p in free["params"]}
-
-
-def test_teaching_pulls_towards_the_teacher_and_vanishes_on_agreement():
-    torch.manual_seed(0)
-    taught = torch.randn(4, 5)
-    own = torch.randn(4, 5, requires_grad=True)
-    assert distillation_loss(taught, taught, classes=True).item() == pytest.approx(0, abs=1e-6)
-    gradient = torch.autograd.grad(distillation_loss(own, taught, classes=True), own)[0]
-    closer = own - 0.1 * gradient
-    assert distillation_loss(closer, taught, classes=True) < distillation_loss(own, taught, classes=True)
-    assert distillation_loss(own, taught, classes=False).item() == pytest.approx(((own - taught) ** 2).mean().item())
 
 
 def test_bad_settings_are_refused_by_name():

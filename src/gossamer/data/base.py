@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-TASKS = ("image-classification", "text-classification", "forecasting")
+TASKS = ("image-classification", "text-classification", "sentence-similarity", "forecasting")
 
 
 class DataError(ValueError):

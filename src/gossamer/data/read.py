@@ -30,7 +30,7 @@ def read_dataset(source: str | Path, *, task: str | None = None, seed: int = 0, 
             TSV, Parquet or JSON-lines file, or a folder with train, dev and test files of these kinds; `owner/name` on
             the Hugging Face Hub (`hub:owner/name` where a folder of that name exists); or a built-in: `digits`,
             `toy-images`, `toy-text`, `toy-series`.
-        task: `image-classification`, `text-classification` or `forecasting`; by default seen from the data.
+        task: `image-classification`, `text-classification`, `sentence-similarity` or `forecasting`; by default seen from the data.
         seed: of the splits we make.
         options: of tables `encoding, header`; of images `image_size, flip`; of text `text, label, tokenizer,
             vocab_size, max_len`; of series `time, target, features, lookback, horizon`; of Hub names `config`.
@@ -214,6 +214,10 @@ def from_tables(tables: dict[str, list[Table]], task: str | None, seed: int, opt
         from gossamer.data.text import text_dataset
 
         return text_dataset(tables, seed=seed, **allowed(text_dataset, task, options))
+    if task == "sentence-similarity":
+        from gossamer.data.pairs import pair_dataset
+
+        return pair_dataset(tables, seed=seed, **allowed(pair_dataset, task, options))
     path = next(iter(tables.values()))[0].path
     raise DataError(f"{path}: a table cannot be read for {task}; give a folder or archive of images in class folders")
 
@@ -228,6 +232,8 @@ def seen_task(table: Table, options: dict[str, Any]) -> str:
 
     columns = look(table)
     kinds = [column.kind for column in columns]
+    if sorted(kinds) == ["number", "text", "text"] and "text" not in options:
+        return "sentence-similarity"
     texts = "text" in kinds and "label" in kinds
     if "text" in options or "label" in options:
         texts = True

@@ -72,11 +72,13 @@ def text_dataset(
         coder = train_tokenizer(parts_of["train"], parts_of["val"], vocab_size)
     else:
         coder = load_tokenizer(Path(tokenizer))
-    pad_id = coder.token_to_id("[PAD]") or 0
+    pad_id = pad_token(coder)
     tokens = {name: tokenised(coder, part, pad_id) for name, part in parts_of.items()}
     lengths = [len(row) for row in tokens["train"]]
     if max_len is None:
-        max_len = min(LONGEST, max(8, 8 * int(np.ceil(np.percentile(lengths, 99) / 8))))
+        max_len = length_for(tokens["train"])
+    if coder.post_processor is not None:
+        tokens = {name: tokenised(coder, part, pad_id, max_len) for name, part in parts_of.items()}
     splits = {}
     for name, (given, index) in plan.parts.items():
         ids = padded(tokens[name], max_len, pad_id)
@@ -188,15 +190,32 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return coder
 
 
-def tokenised(coder: Tokenizer, texts: list[str], pad_id: int) -> list[np.ndarray]:
-    """Token ids of each text; a text without any token becomes one unknown token."""
+def tokenised(coder: Tokenizer, texts: list[str], pad_id: int, longest: int | None = None) -> list[np.ndarray]:
+    """Token ids of each text; a text without any token becomes one unknown token.
+
+    With `longest`, texts are cut inside the tokens a tokenizer puts in front and behind, which stay.
+    """
     unknown = coder.token_to_id("[UNK]")
     nothing = [pad_id + 1 if unknown is None else unknown]
     rows = []
+    if longest is not None:
+        coder.enable_truncation(longest)
     for start in range(0, len(texts), 4096):
         for encoding in coder.encode_batch(texts[start : start + 4096]):
             rows.append(np.array(encoding.ids or nothing, dtype=np.int32))
+    coder.no_truncation()
     return rows
+
+
+def pad_token(coder: Tokenizer) -> int:
+    """The id that stands for no word: the tokenizer's padding token, else 0."""
+    found = (coder.token_to_id(name) for name in ("[PAD]", "<pad>", "<|pad|>"))
+    return next((i for i in found if i is not None), 0)
+
+
+def length_for(rows: list[np.ndarray], most: int = LONGEST) -> int:
+    """Tokens, a multiple of 8, that 99 % of the texts are within; at most `most`."""
+    return min(most, max(8, 8 * int(np.ceil(np.percentile([len(row) for row in rows], 99) / 8))))
 
 
 def padded(rows: list[np.ndarray], max_len: int, pad_id: int) -> Int[Tensor, "n len"]:
@@ -209,4 +228,4 @@ def padded(rows: list[np.ndarray], max_len: int, pad_id: int) -> Int[Tensor, "n 
 
 def encode(coder: Tokenizer, texts: list[str], max_len: int, pad_id: int) -> Int[Tensor, "n len"]:
     """Token ids of texts, cut at `max_len` and filled with `pad_id`."""
-    return padded(tokenised(coder, texts, pad_id), max_len, pad_id)
+    return padded(tokenised(coder, texts, pad_id, max_len), max_len, pad_id)

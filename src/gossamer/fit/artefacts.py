@@ -23,7 +23,7 @@ from gossamer.io import export_onnx, onnx_callable, onnx_session, quantize_onnx,
 from gossamer.measure import macs, parameters, peak_memory
 from gossamer.models.folder import save
 from gossamer.shrink.gate import speed_gate
-from gossamer.shrink.prune import prune
+from gossamer.shrink.passes.magnitude import magnitude
 from gossamer.tasks.base import Task
 from gossamer.train import Settings, Trainer
 from gossamer.train.trainer import model_outputs
@@ -175,7 +175,7 @@ class Workshop:
         self.tell(f"pruning {finalist.candidate.name}")
         model = copy.deepcopy(finalist.model)
         try:
-            steps = prune(model, KEEP)
+            steps = magnitude(model, keep=KEEP)
         except ValueError:
             return None
         if not steps:

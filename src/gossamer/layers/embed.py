@@ -128,6 +128,7 @@ class TextStem(nn.Module):
         max_len: longest text in tokens.
         pad_id: the id that stands for no word.
         token: put a learned class token in front.
+        norm: factory of a norm on what leaves the stem, or None.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class TextStem(nn.Module):
         pad_id: int = 0,
         token: bool = False,
         positions: Positions | None = "learned",
+        norm: Callable[[int], nn.Module] | None = None,
         drop: float = 0.0,
     ) -> None:
         super().__init__()
@@ -156,6 +158,7 @@ class TextStem(nn.Module):
         elif positions == "sinusoid":
             del self.positions
             self.register_buffer("positions", sinusoid(rows, dim)[None], persistent=False)
+        self.norm = norm(dim) if norm else None
         self.drop = nn.Dropout(drop)
 
     def forward(self, ids: Int[Tensor, "b n"]) -> tuple[Float[Tensor, "b t c"], Bool[Tensor, "b t"]]:
@@ -167,4 +170,4 @@ class TextStem(nn.Module):
             mask = torch.cat((torch.ones_like(mask[:, :1]), mask), 1)
         if self.positions is not None:
             x = x + self.positions[:, : x.shape[1]]
-        return self.drop(x), mask
+        return self.drop(x if self.norm is None else self.norm(x)), mask

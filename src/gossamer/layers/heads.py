@@ -72,3 +72,48 @@ class Classifier(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         return x if self.fc is None else self.fc(self.drop(x))
+
+
+class DenseClassifier(nn.Module):
+    """`y = W2 drop(act(W1 x_0))`, `x_0` the first token: the classifier of BERT and its kin.
+
+    Args:
+        act: activation factory between the products.
+    """
+
+    def __init__(
+        self, dim: int, num_classes: int, *, act: Callable[[], nn.Module] = nn.Tanh, drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.act = act()
+        self.drop = nn.Dropout(drop)
+        self.fc = nn.Linear(dim, num_classes)
+
+    def forward(
+        self, x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None
+    ) -> Float[Tensor, "b k"]:
+        return self.fc(self.drop(self.act(self.dense(x.flatten(1, -2)[:, 0]))))
+
+
+class SentenceVector(nn.Module):
+    """All tokens as one vector: their mean, their maximum or the first; of length 1 if asked for.
+
+    Source: Reimers and Gurevych 2019, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks", section 3.
+    """
+
+    def __init__(self, pool: Literal["mean", "max", "token"] = "mean", *, normalize: bool = True) -> None:
+        super().__init__()
+        if pool not in ("mean", "max", "token"):
+            raise ValueError(f"pool must be mean, max or token, got {pool!r}")
+        self.pool = pool
+        self.normalize = normalize
+
+    def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b c"]:
+        if self.pool == "mean":
+            x = mean_pool(x, mask)
+        elif self.pool == "token":
+            x = x[:, 0]
+        else:
+            x = (x if mask is None else x.masked_fill(~mask[..., None], torch.finfo(x.dtype).min)).amax(1)
+        return nn.functional.normalize(x, dim=-1) if self.normalize else x

@@ -6,6 +6,8 @@ to it, and then the weights fit.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,12 @@ from gossamer.layers.fold import fold_batch_norm
 from gossamer.layers.prune import Prunable
 from gossamer.models import create_model
 from gossamer.models.folder import save
+from gossamer.shrink import passes
 
-__all__ = ["apply", "load", "replay", "save"]
+__all__ = ["apply", "load", "register_step", "replay", "save"]
+
+Stepper = Callable[[nn.Module, dict[str, Any]], None]
+_STEPS: dict[str, Stepper] = {}
 
 
 def load(source: str | Path) -> nn.Module:
@@ -45,15 +51,30 @@ def load(source: str | Path) -> nn.Module:
     return model.eval()
 
 
+def register_step(name: str) -> Callable[[Stepper], Stepper]:
+    """Registers a function that carries out the steps called `name` on a model, in place."""
+
+    def register(run: Stepper) -> Stepper:
+        _STEPS[name] = run
+        return run
+
+    return register
+
+
 def apply(model: nn.Module, step: dict[str, Any]) -> nn.Module:
     """Carries out one step on `model`, in place, and notes it in `model.recipe`.
 
     Raises:
         ValueError: no such step, or it does not fit the model.
     """
-    if step.get("step") not in _STEPS:
-        raise ValueError(f"step must be one of {sorted(_STEPS)}, got {step.get('step')!r}")
-    _STEPS[step["step"]](model, step)
+    name = step.get("step")
+    if name not in _STEPS:
+        # Steps are registered by the files of their passes.
+        for found in pkgutil.iter_modules(passes.__path__):
+            importlib.import_module(f"{passes.__name__}.{found.name}")
+    if name not in _STEPS:
+        raise ValueError(f"step must be one of {sorted(_STEPS)}, got {name!r}")
+    _STEPS[name](model, step)
     setattr(model, "recipe", [*getattr(model, "recipe", []), step])  # noqa: B010 (a plain attribute of a module)
     return model
 
@@ -65,6 +86,7 @@ def replay(model: nn.Module, recipe: list[dict[str, Any]]) -> nn.Module:
     return model
 
 
+@register_step("prune")
 def _prune(model: nn.Module, step: dict[str, Any]) -> None:
     part = model.get_submodule(step["part"])
     if not isinstance(part, Prunable):
@@ -76,8 +98,6 @@ def _prune(model: nn.Module, step: dict[str, Any]) -> None:
     part.keep(step["axis"], index)
 
 
+@register_step("fold_batch_norm")
 def _fold(model: nn.Module, step: dict[str, Any]) -> None:
     fold_batch_norm(model)
-
-
-_STEPS: dict[str, Callable[[nn.Module, dict[str, Any]], None]] = {"prune": _prune, "fold_batch_norm": _fold}

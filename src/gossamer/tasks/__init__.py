@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 _TASKS = {
     "image-classification": ("gossamer.tasks.image_classification", "ImageClassification"),
     "text-classification": ("gossamer.tasks.text_classification", "TextClassification"),
+    "sentence-similarity": ("gossamer.tasks.sentence_similarity", "SentenceSimilarity"),
     "forecasting": ("gossamer.tasks.forecasting", "Forecasting"),
 }
 

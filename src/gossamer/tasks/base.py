@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -68,6 +69,14 @@ class Task(ABC):
     @abstractmethod
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Float[Tensor, ""]:
         """The mean training loss of a batch."""
+
+    def teaching(self, student: Tensor, teacher: Tensor) -> Float[Tensor, ""]:
+        """How far the answers of `student` are from its teacher's: the mean squared difference, if not overridden."""
+        return F.mse_loss(student, teacher)
+
+    def example(self, split: Split, count: int = 1) -> tuple[Tensor, ...]:
+        """Model inputs of `count` samples as an exported model is given them; costs are measured on one."""
+        return self.batch(split, torch.arange(min(count, len(split))))[0]
 
     @abstractmethod
     def metrics(self, output: Tensor, target: Tensor) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gossamer.data import Split
 from gossamer.tasks.base import Figure, Task, new_plot, to_svg
 
+TEMPERATURE = 2.0  # at which answers are taught
 MOST_NAMED = 30  # classes whose names fit beside a confusion matrix
 
 
@@ -30,6 +31,14 @@ class Classification(Task):
     def loss(self, output: Float[Tensor, "b k"], target: Tensor, smoothing: float = 0.0) -> Float[Tensor, ""]:
         """Cross entropy with class numbers `(b,)` or probabilities `(b, k)`; in float32 whatever the output."""
         return F.cross_entropy(output.float(), target, label_smoothing=smoothing)
+
+    def teaching(self, student: Float[Tensor, "b k"], teacher: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+        """`T^2 KL(softmax(teacher / T) || softmax(student / T))`.
+
+        Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
+        """
+        soft, own = (F.log_softmax(scores / TEMPERATURE, -1) for scores in (teacher, student))
+        return F.kl_div(own, soft, reduction="batchmean", log_target=True) * TEMPERATURE**2
 
     def confusion(self, output: Float[Tensor, "n k"], target: Int[Tensor, " n"]) -> Int[Tensor, "k k"]:
         """Counts: row the true class, column the predicted one."""

@@ -7,24 +7,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from gossamer.data import DataError, Split
-from gossamer.tasks.base import Figure, check_strength, new_plot, to_svg
+from gossamer.data import Split
+from gossamer.tasks.base import Figure, new_plot, to_svg
 from gossamer.tasks.classification import Classification
+from gossamer.tasks.text_inputs import TextInputs
 
 
-class TextClassification(Classification):
+class TextClassification(TextInputs, Classification):
     name = "text-classification"
-
-    def __init__(self, spec: dict[str, Any], meta: dict[str, Any]) -> None:
-        super().__init__(spec, meta)
-        self.coder: Any = None
 
     def batch(
         self,
@@ -36,55 +31,10 @@ class TextClassification(Classification):
         generator: torch.Generator | None = None,
     ) -> tuple[tuple[Int[Tensor, "b n"]], Int[Tensor, " b"]]:
         """Token ids `(b, n)` and class numbers `(b,)`."""
-        check_strength(strength)
         ids, target = split.inputs[0][index], split.targets[index]
         if not train:
             return (ids,), target
-        pad = self.spec["pad_id"]
-        used = (ids != pad).any(0).nonzero()
-        longest = int(used[-1]) + 1 if len(used) else 1
-        ids = ids[:, : min(ids.shape[1], -(-longest // 8) * 8)]
-        unknown = self.meta.get("unk_id")
-        if strength > 0 and unknown is not None:
-            dropped = torch.rand(ids.shape, generator=generator) < 0.3 * strength
-            ids = ids.masked_fill(dropped & (ids != pad), unknown)
-        return (ids.contiguous(),), target
-
-    def read(self, inputs: list[str]) -> tuple[Int[Tensor, "b n"]]:
-        """Texts as they stand, `.txt` files (a text a line), or tables with the run's text column."""
-        from gossamer.data.tables import TABLES
-        from gossamer.data.text import encode
-
-        texts: list[str] = []
-        for given in inputs:
-            path = Path(given) if len(given) < 1000 and "\n" not in given else Path()
-            if path.suffix.lower() in (".txt", *TABLES) and " " not in path.suffix:
-                texts += self.from_file(path)
-            else:
-                texts.append(given)
-        if not texts:
-            raise DataError("no input: give texts, a .txt file with one text a line, or a table")
-        if self.coder is None:
-            from tokenizers import Tokenizer
-
-            self.coder = Tokenizer.from_str(self.meta["tokenizer"])
-        self.names = texts
-        return (encode(self.coder, texts, self.spec["max_len"], self.spec["pad_id"]),)
-
-    def from_file(self, path: Path) -> list[str]:
-        from gossamer.data.tables import read_table, read_text
-        from gossamer.data.text import text_cells
-
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        if path.suffix.lower() == ".txt":
-            return [line.strip() for line in read_text(path).splitlines() if line.strip()]
-        column = self.meta["text"]
-        # A file without header stays without: its first row may be a text that looks like a name.
-        table = read_table(path, header=False if column.startswith("column ") else None)
-        if len(table.frame.columns) == 1:
-            column = str(table.frame.columns[0])
-        return text_cells(table, table.column(column))
+        return (self.augmented(ids, strength, generator),), target
 
     def figures(self, output: Tensor, target: Tensor, split: Split) -> list[Figure]:
         """The confusion matrix, and texts told right and wrong."""

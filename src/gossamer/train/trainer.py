@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gossamer.data.base import Dataset, Split
 from gossamer.io import atomic_path
 from gossamer.tasks.base import Task
-from gossamer.train.distill import SHARE, distillation_loss
 from gossamer.train.ema import MovingAverage
 from gossamer.train.settings import Schedule, Settings, build_optimiser, schedule_factor
 
+# Of the loss, what a teacher's answers get; the rest is the task's own.
+TAUGHT = 0.7
 # Steps taken in each precision by turns when it is to be chosen; the first of each are not timed.
 TRIED, UNTIMED = 14, 4
 # bfloat16 has to be this much faster before it is taken.
@@ -42,6 +44,8 @@ class Trainer:
     Args:
         model: moved to the device and wrapped as Accelerate sees fit; `model` itself stays the plain module.
         teacher: a model whose answers are learned too, or None.
+        objective: `(model, inputs, target) -> loss` in place of the task's own loss and the teacher's.
+        optimiser: `(model, settings) -> optimiser` in place of the one `settings` name.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class Trainer:
         settings: Settings,
         *,
         teacher: nn.Module | None = None,
+        objective: Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor] | None = None,
+        optimiser: Callable[[nn.Module, Settings], Optimizer] = build_optimiser,
         accelerator: Accelerator | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
@@ -65,8 +71,8 @@ class Trainer:
                 f"batch_size must be a multiple of the {self.accelerator.num_processes} processes, "
                 f"got {settings.batch_size}"
             )
-        optimiser = build_optimiser(self.model, settings)
-        self.wrapped, self.optimiser = self.accelerator.prepare(self.model, optimiser)
+        self.objective = objective
+        self.wrapped, self.optimiser = self.accelerator.prepare(self.model, optimiser(self.model, settings))
         self.ema = MovingAverage(self.model, settings.ema) if settings.ema else None
         self.precision = "float32" if settings.precision == "auto" else settings.precision
         self.chosen = settings.precision != "auto"
@@ -134,8 +140,10 @@ class Trainer:
         # Dropout and drop path follow the step, not the history, so that a resumed run draws the same.
         torch.manual_seed(hash((self.settings.seed, self.steps, self.accelerator.process_index)) % 2**63)
         with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            output = self.wrapped(*inputs)
-            loss = self._loss(output, inputs, target)
+            if self.objective is not None:
+                loss = self.objective(self.wrapped, inputs, target)
+            else:
+                loss = self._loss(self.wrapped(*inputs), inputs, target)
         self.accelerator.backward(loss)
         if self.settings.clip:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip)
@@ -160,9 +168,8 @@ class Trainer:
             return loss
         with torch.no_grad():
             taught = self.teacher(*inputs).float()
-        classes = self.task.name.endswith("classification")
-        taught_loss = torch.stack([distillation_loss(a.float(), taught, classes=classes) for a in answers]).mean()
-        return (1 - SHARE) * loss + SHARE * taught_loss
+        taught_loss = torch.stack([self.task.teaching(a.float(), taught) for a in answers]).mean()
+        return (1 - TAUGHT) * loss + TAUGHT * taught_loss
 
     def _turn(self) -> str:
         if self.chosen:

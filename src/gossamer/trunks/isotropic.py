@@ -15,7 +15,8 @@ class Isotropic(nn.Module):
 
     Args:
         stem: input to `(tokens (b, *grid, c), mask or None)`.
-        blocks: applied in turn, each given the mask when there is one.
+        blocks: applied in turn, each given the mask when there is one; a block with `reduces` true takes
+            `(x, mask=, sizes=)` and gives all three back, with as many tokens as it leaves.
         norm: on the tokens after the last block, or None.
         head: `(tokens, mask) -> answer`.
     """
@@ -30,8 +31,12 @@ class Isotropic(nn.Module):
     def encode(self, x: Shaped[Tensor, "b ..."]) -> tuple[Tensor, Tensor | None]:
         """The tokens after the last block and norm, and their mask."""
         x, mask = self.stem(x)
+        sizes = None
         for block in self.blocks:
-            x = block(x) if mask is None else block(x, mask=mask)
+            if getattr(block, "reduces", False):
+                x, mask, sizes = block(x, mask=mask, sizes=sizes)
+            else:
+                x = block(x) if mask is None else block(x, mask=mask)
         return (x if self.norm is None else self.norm(x)), mask
 
     def forward(self, x: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b ..."] | tuple[Float[Tensor, "b ..."], ...]:

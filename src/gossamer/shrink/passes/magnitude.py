@@ -1,7 +1,7 @@
-"""Structured pruning by the parts' own rules: hidden units and heads with the smallest weights go.
+"""Magnitude pruning: hidden units and heads with the smallest weights go. The baseline of every pruning paper.
 
-Source: Li et al. 2016, "Pruning Filters for Efficient ConvNets" (weight-norm scores, the baseline of every pruning
-paper); the scores are the parts' own `importance`.
+Source: Li et al. 2016, "Pruning Filters for Efficient ConvNets" (weight-norm scores); the scores are the parts' own
+`importance`.
 
 - the same share is kept of every part, so the shape of the network stays
 - hidden widths stay multiples of 8: narrower steps are not faster in vector units
@@ -9,14 +9,13 @@ paper); the scores are the parts' own `importance`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from gossamer.layers.prune import Prunable
+from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
 from gossamer.shrink.recipe import apply
 
-MULTIPLE = {"heads": 1}
+MULTIPLE = {"heads": 1, "groups": 1}
 
 
 def prunable(model: nn.Module) -> dict[tuple[str, str], int]:
@@ -29,17 +28,18 @@ def prunable(model: nn.Module) -> dict[tuple[str, str], int]:
     }
 
 
-def prune(model: nn.Module, keep: float) -> list[dict[str, Any]]:
-    """Keeps the share `keep` of every prunable width of `model`, in place; gives the recipe steps it took.
+@register_pass("magnitude", family="structured pruning", saves=("macs", "params", "size"), default={"keep": 0.6})
+def magnitude(model: nn.Module, calibration: Calibration | None = None, *, keep: float = 0.6) -> list[Step]:
+    """Keeps the share `keep` of every prunable width, those with the largest weights.
 
     Raises:
-        ValueError: `keep` is not in (0, 1], or nothing in the model can be pruned.
+        Unsupported: nothing in the model states a pruning rule.
+        ValueError: `keep` is not in (0, 1].
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    check_share("keep", keep)
     axes = prunable(model)
     if not axes:
-        raise ValueError(f"no part of {type(model).__name__} states a pruning rule")
+        raise Unsupported(f"no part of {type(model).__name__} states a pruning rule")
     steps = []
     for (name, axis), width in axes.items():
         multiple = MULTIPLE.get(axis, 8)
