@@ -93,7 +93,7 @@ def int8_against_eager(source: str, results: dict[str, Any], seed: int) -> dict[
     import torch
 
     import gossamer
-    from gossamer.fit.artefacts import ExportedModel
+    from gossamer.shrink.artefacts import ExportedModel
     from gossamer.io import onnx_callable, onnx_session
     from gossamer.measure import latency
     from gossamer.train.trainer import model_outputs

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gossamer.fit import FitOptions, FitResult, fit
-from gossamer.fit.options import excess, over_budget
+from gossamer.shrink.budget import excess, over_budget
 
 CALL: dict[str, Any] = {"data": "digits", "budget": {"latency": 1.0}, "seconds": 60.0, "seed": 3}
 

@@ -30,7 +30,8 @@ def read_dataset(source: str | Path, *, task: str | None = None, seed: int = 0, 
             TSV, Parquet or JSON-lines file, or a folder with train, dev and test files of these kinds; `owner/name` on
             the Hugging Face Hub (`hub:owner/name` where a folder of that name exists); or a built-in: `digits`,
             `toy-images`, `toy-text`, `toy-series`.
-        task: `image-classification`, `text-classification`, `sentence-similarity` or `forecasting`; by default seen from the data.
+        task: `image-classification`, `text-classification`, `sentence-similarity` or `forecasting`; by default seen
+            from the data.
         seed: of the splits we make.
         options: of tables `encoding, header`; of images `image_size, flip`; of text `text, label, tokenizer,
             vocab_size, max_len`; of series `time, target, features, lookback, horizon`; of Hub names `config`.

@@ -14,24 +14,24 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gossamer import __version__, catalogue
 from gossamer.data.base import Dataset
-from gossamer.fit.options import excess, over_budget
-from gossamer.io import export_onnx, onnx_callable, onnx_session, quantize_onnx
-from gossamer.measure import LatencyTable, latency, macs, parameters
+from gossamer.io import quantize_onnx
+from gossamer.measure import LatencyTable, macs, parameters
 from gossamer.models import create_model
 from gossamer.models.registry import system
+from gossamer.shrink.artefacts import calibration_feeds, export_quickly, file_cost
+from gossamer.shrink.budget import excess, over_budget
 from gossamer.tasks.base import Task
 
 SIZES = ("xs", "s", "m", "l")
@@ -130,7 +130,7 @@ def measure_candidates(
         The candidates, best prior first.
     """
     table = LatencyTable()
-    inputs = example_inputs(task, data)
+    inputs = task.example(data.train)
     for candidate in _promising_first(candidates, data.task):
         if stop():
             candidate.why = "the time for measuring was over"
@@ -190,25 +190,6 @@ def first_minutes() -> dict[str, dict[str, float]]:
     return json.loads(files("gossamer.fit").joinpath("first_minutes.json").read_text(encoding="utf-8"))
 
 
-def example_inputs(task: Task, data: Dataset, count: int = 1) -> tuple[Tensor, ...]:
-    """The first `count` training samples, model-ready."""
-    inputs, _ = task.batch(data.train, torch.arange(min(count, len(data.train))), train=False)
-    return inputs
-
-
-def file_cost(path: Path, inputs: tuple[Tensor, ...], *, seconds: float = 0.4) -> tuple[float, tuple[float, float]]:
-    """Latency of an exported file on one sample: the median in ms, and the interval it lies in."""
-    timing = latency({"file": _caller(path, inputs)}, budget_s=seconds)["file"]
-    return timing.median_ms, (timing.low_ms, timing.high_ms)
-
-
-def _caller(path: Path, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
-    session = onnx_session(path)
-    # The exporter drops inputs a model does not read.
-    kept = {node.name for node in session.get_inputs()}
-    return onnx_callable(session, [x for i, x in enumerate(inputs) if f"input_{i}" in kept])
-
-
 def _measure(
     candidate: Candidate, task: Task, data: Dataset, inputs: tuple[Tensor, ...], batch_size: int
 ) -> dict[str, Any]:
@@ -232,12 +213,6 @@ def _measure(
     return {"cost": cost, "interval": interval, "step_s": step_s, "export_s": export_s}
 
 
-def export_quickly(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
-    """An ONNX file good enough to be timed: one shape, by the fast exporter."""
-    names = [f"input_{i}" for i in range(len(inputs))]
-    export_onnx(model, inputs, path, input_names=names, dynamic=None, exporter="fast")
-
-
 def _int8_cost(candidate: Candidate, inputs: tuple[Tensor, ...]) -> dict[str, float | None]:
     torch.manual_seed(0)
     model = candidate.build().eval()
@@ -245,18 +220,11 @@ def _int8_cost(candidate: Candidate, inputs: tuple[Tensor, ...]) -> dict[str, fl
         path, small = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
         try:
             export_quickly(model, inputs, path)
-            quantize_onnx(path, small, calibration(path, [inputs]))
+            quantize_onnx(path, small, calibration_feeds(path, [inputs]))
             median, _ = file_cost(small, inputs)
         except Exception:  # what cannot be quantised here has no int8 cost
             return {}
         return {**candidate.cost, "latency": median, "size": small.stat().st_size / 1e6}
-
-
-def calibration(path: Path, batches: list[tuple[Tensor, ...]]) -> Iterator[dict[str, np.ndarray]]:
-    """Model-ready batches as the feeds of an exported file."""
-    kept = {node.name for node in onnx_session(path).get_inputs()}
-    for batch in batches:
-        yield {f"input_{i}": x.numpy() for i, x in enumerate(batch) if f"input_{i}" in kept}
 
 
 def _step_seconds(model: nn.Module, task: Task, data: Dataset, batch_size: int) -> float:

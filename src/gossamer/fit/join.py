@@ -9,12 +9,12 @@ from pathlib import Path
 
 from gossamer.data import read_dataset
 from gossamer.fit.candidates import Candidate
-from gossamer.fit.clock import Clock
 from gossamer.fit.options import FitOptions, FitResult
-from gossamer.fit.progress import Progress
 from gossamer.fit.race import Race, base_settings, open_study, ranking, study_place, unit_seconds
 from gossamer.io import read_json
 from gossamer.tasks import create_task
+from gossamer.train.clock import Clock
+from gossamer.train.progress import Progress
 
 
 def join(options: FitOptions) -> FitResult:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BUDGET_UNITS = {"latency": "ms", "memory": "MiB", "size": "MB", "params": "", "macs": ""}
+from gossamer.shrink.budget import check_budget, over_budget
 
 
 @dataclass
@@ -42,11 +42,7 @@ class FitOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in self.budget.items():
-            if name not in BUDGET_UNITS:
-                raise ValueError(f"budget must name {', '.join(BUDGET_UNITS)}; got {name!r}")
-            if value <= 0:
-                raise ValueError(f"budget {name} must be positive, got {value}")
+        check_budget(self.budget)
         if self.seconds < 20:
             raise ValueError(f"time must be at least 20s, got {self.seconds:g}s")
 
@@ -113,22 +109,3 @@ class FitResult:
             f"use it   gossamer predict {self.folder} INPUT…",
         ]
         return "\n".join(lines)
-
-
-def excess(cost: dict[str, float | None], budget: dict[str, float]) -> float:
-    """Largest ratio of a cost to its limit; at most 1 means the budget is met."""
-    ratios = [value / limit for name, limit in budget.items() if (value := cost.get(name)) is not None]
-    return max(ratios, default=0.0)
-
-
-def over_budget(cost: dict[str, float | None], budget: dict[str, float]) -> str:
-    """The costs above their limits, in words; empty if there is none."""
-    return ", ".join(
-        f"{name} {_figure(value)}{BUDGET_UNITS[name]} > {_figure(limit)}{BUDGET_UNITS[name]}"
-        for name, limit in budget.items()
-        if (value := cost.get(name)) is not None and value > limit
-    )
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from gossamer.fit.artefacts import ExportedModel
 from gossamer.io import read_json
+from gossamer.shrink.artefacts import ExportedModel
 from gossamer.tasks import create_task
 
 

@@ -31,12 +31,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gossamer.data.base import Dataset
 from gossamer.fit.candidates import Candidate
-from gossamer.fit.clock import MEASURED_BY, RACED_BY
 from gossamer.fit.options import FitOptions
 from gossamer.layers.init import init_by_width
 from gossamer.models.registry import system
 from gossamer.tasks.base import Task
 from gossamer.train import Diverged, Settings, Trainer
+from gossamer.train.clock import MEASURED_BY, RACED_BY
 
 RUNGS = (1, 2, 4)
 KEEP = 3  # the best 1/KEEP of a rung goes on

@@ -12,8 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from gossamer.fit.options import BUDGET_UNITS
 from gossamer.io import atomic_write
+from gossamer.shrink.budget import BUDGET_UNITS
 from gossamer.tasks.base import Figure, new_plot, to_svg
 
 FORM_MARKERS = {"float32": "o", "int8": "D", "pruned float32": "s", "pruned int8": "^"}

@@ -17,28 +17,32 @@ from typing import Any
 
 import optuna
 import torch
+from torch import nn
 
 from gossamer import __version__
 from gossamer.data import Dataset, read_dataset
-from gossamer.fit.artefacts import Point, Workshop, choose
 from gossamer.fit.candidates import Candidate, enumerate_candidates, measure_candidates
-from gossamer.fit.clock import TAIL_SHARE, Clock
 from gossamer.fit.finish import Finalist, finish
 from gossamer.fit.join import join
-from gossamer.fit.options import FitOptions, FitResult, excess
-from gossamer.fit.progress import Progress
+from gossamer.fit.options import FitOptions, FitResult
 from gossamer.fit.race import RUNGS, Race, base_settings, open_study, ranking, study_place, unit_seconds
 from gossamer.fit.report import write_report
 from gossamer.io import read_json, write_json
 from gossamer.measure import device_info
+from gossamer.shrink.artefacts import Point, Workshop, choose
+from gossamer.shrink.base import Calibration, Unsupported, run_pass
+from gossamer.shrink.budget import excess
 from gossamer.tasks import create_task
 from gossamer.tasks.base import Task
-from gossamer.train import Settings
+from gossamer.train import Settings, Trainer
+from gossamer.train.clock import TAIL_SHARE, Clock
+from gossamer.train.progress import Progress
 
 # With at least this much time a cheaper second finalist is trained as well, with this share of the finish.
 SECOND_FROM_S, SECOND_SHARE = 480.0, 0.25
 # And a pruned copy of the best is recovered for this share of the whole time.
 PRUNE_FROM_S, PRUNE_SHARE = 240.0, 0.06
+KEEP = 0.6
 # Others are finished as well while the first have left at least a fifth of the time, up to this many.
 MOST_FINALISTS = 4
 # A finalist as cheap as this share of the best one's latency is worth having beside it.
@@ -228,11 +232,29 @@ class _Run:
                 **{**self.base.to_dict(), "lr": 0.3 * best.lr, "strength": best.strength, "warmup": 10, "ema": 0.99}
             )
             mark = self.clock.finished_by
-            model = workshop.pruned(best, settings, seconds=spare, stop=lambda: self.clock.over(mark))
+            model = self._pruned(best, settings, seconds=spare, stop=lambda: self.clock.over(mark))
             if model is not None:
                 point = workshop.export(best.candidate.name, "pruned float32", model)
                 workshop.int8(point, "pruned int8")
         return workshop
+
+    def _pruned(
+        self, finalist: Finalist, settings: Settings, *, seconds: float, stop: Callable[[], bool]
+    ) -> nn.Module | None:
+        """A copy of the finalist's model with `KEEP` of its widths, recovered with the finalist as teacher."""
+        self.progress.tell(f"pruning {finalist.candidate.name}")
+        calibration = Calibration(self.task, self.data, seconds, self.options.seed)
+        try:
+            model, steps = run_pass("magnitude", finalist.model, calibration, keep=KEEP)
+        except Unsupported:
+            return None
+        if not steps:
+            return None
+        trainer = Trainer(model, self.task, self.data, settings, teacher=finalist.model)
+        trainer.train(seconds=seconds, schedule="linear", stop=stop)
+        if trainer.ema is not None and trainer.ema.steps:
+            trainer.ema.swap()
+        return model.eval()
 
     def _conclude(
         self, candidates: list[Candidate], study: optuna.Study, finalists: list[Finalist], workshop: Workshop

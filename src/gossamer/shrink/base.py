@@ -141,12 +141,15 @@ class Calibration:
         data: passes read `train`; `val` is for scores, `test` is never touched.
         seconds: wall-clock time the pass may take for everything it does, training included.
         seed: of every choice by chance.
+        cache: what passes have found out about the model and may need again at another strength (scores); it is the
+            caller's to keep one cache for one model.
     """
 
     task: Task
     data: Dataset
     seconds: float = float("inf")
     seed: int = 0
+    cache: dict[str, Any] = field(default_factory=dict)
 
     def example(self, count: int = 1) -> tuple[Tensor, ...]:
         """Model inputs of the first `count` training samples."""

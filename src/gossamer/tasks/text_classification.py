@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from jaxtyping import Int
 from torch import Tensor

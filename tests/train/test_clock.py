@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.fit import clock as module
-from gossamer.fit.clock import Clock
+from gossamer.train import clock as module
+from gossamer.train.clock import Clock
 
 
 @pytest.fixture(autouse=True)

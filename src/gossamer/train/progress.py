@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from gossamer.fit.clock import Clock
+from gossamer.train.clock import Clock
 
 LINE_EVERY_S = 20.0
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from gossamer.data.builtin import toy_images, toy_series
-from gossamer.fit.artefacts import Point, choose
 from gossamer.fit.race import base_settings
 from gossamer.fit.run import metric_noise
+from gossamer.shrink.artefacts import Point, choose
 from gossamer.tasks import create_task
 
 

@@ -1,4 +1,4 @@
-"""From finalists to files: export, int8, pruning, each measured as the file that will run.
+"""From models to files: export, int8, each measured as the file that will run.
 
 Every file is a point (validation metric, cost). A point that the speed gate rejects is rolled back; the others form
 the front. The winner is the best point within the budget, or a faster one that cannot be told from it.
@@ -6,33 +6,28 @@ the front. The winner is the best point within the budget, or a faster one that 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gossamer.data.base import Dataset, Split
-from gossamer.fit.candidates import calibration, example_inputs, file_cost
-from gossamer.fit.finish import Finalist
-from gossamer.fit.options import excess, over_budget
 from gossamer.io import export_onnx, onnx_callable, onnx_session, quantize_onnx, sensitivity
-from gossamer.measure import macs, parameters, peak_memory
+from gossamer.measure import latency, macs, parameters, peak_memory
 from gossamer.models.folder import save
-from gossamer.shrink.gate import speed_gate
-from gossamer.shrink.passes.magnitude import magnitude
+from gossamer.shrink.budget import excess, over_budget
+from gossamer.shrink.gate import Verdict, speed_gate
 from gossamer.tasks.base import Task
-from gossamer.train import Settings, Trainer
 from gossamer.train.trainer import model_outputs
 
 CALIBRATION = 256
 MODES = ("dynamic", "static", "mixed")
 LOSS = 0.01  # share of the metric an int8 form may lose before layers are left in floats
 MOST_EXCLUDED = 4
-KEEP = 0.6
 
 
 @dataclass
@@ -40,7 +35,7 @@ class Point:
     """A file that could be the result.
 
     Args:
-        form: `float32`, `int8`, `pruned float32`, `pruned int8`.
+        form: what was done to it, then `float32` or `int8`.
         val: the task's metric over the validation split, computed with the file.
         interval: of the latency, ms.
         status: `front`, `dominated`, `rolled back`, `over budget`, `winner`.
@@ -62,7 +57,7 @@ class Point:
 
 
 class Workshop:
-    """Makes and measures the files of finalists.
+    """Makes and measures the files of trained models.
 
     Args:
         folder: where the files go.
@@ -77,7 +72,7 @@ class Workshop:
         self.folder = folder
         self.tell = tell
         self.late = late
-        self.one = example_inputs(task, data)
+        self.one = task.example(data.train)
         self.points: list[Point] = []
 
     def export(self, name: str, form: str, model: nn.Module) -> Point:
@@ -118,7 +113,7 @@ class Workshop:
         path = source.with_name(f"{base.name}-{form.replace(' ', '-')}.onnx")
         index = torch.linspace(0, len(self.data.train) - 1, min(CALIBRATION, len(self.data.train))).long()
         batches = [self.task.batch(self.data.train, part, train=False)[0] for part in index.split(32)]
-        feeds = list(calibration(source, batches))
+        feeds = list(calibration_feeds(source, batches))
         tried: list[tuple[float, str, Path]] = []
         reasons = []
         for mode in MODES:
@@ -134,7 +129,7 @@ class Workshop:
         if not tried:
             base.why = f"{base.why} int8 was not possible ({'; '.join(reasons)})".strip()
             return None
-        words = ""
+        words, sensitive = "", {}
         good = next(((mode, trial) for _, mode, trial in sorted(tried) if self._loss(base, trial) <= LOSS), None)
         if good is not None:
             mode, trial = good
@@ -145,46 +140,36 @@ class Workshop:
                 base.why = f"{base.why} int8 lost too much, and no time was left to find out where".strip()
                 trial.unlink()
                 return None
-            worst = list(sensitivity(source, feeds[:2], mode=mode))[:MOST_EXCLUDED]
+            sensitive = sensitivity(source, feeds[:2], mode=mode)
+            worst = list(sensitive)[:MOST_EXCLUDED]
             quantize_onnx(source, path, feeds, mode=mode, exclude=worst)
             words = f", {len(worst)} layers left in floats"
         for _, _, trial in tried:
             trial.unlink(missing_ok=True)
         point = self._point(base.name, form, path, base.cost["params"], base.cost["macs"], base.model)
         point.certificate = {**base.certificate, "quantised": f"int8, {mode}, per channel{words}"}
-        verdict = speed_gate(self._caller(base.file), self._caller(path), what="int8")
-        # Both were timed again, interleaved: these figures compare, those of different minutes may not.
-        for timed, one in ((base, verdict.before), (point, verdict.after)):
-            timed.cost["latency"], timed.interval = one.median_ms, (one.low_ms, one.high_ms)
+        if sensitive:
+            point.certificate["sensitivity"] = sensitive
+        verdict = self.gate(base, point, "int8")
         point.why = verdict.why
         if not verdict.passed:
             point.status = "rolled back"
         self.points.append(point)
         return point
 
+    def gate(self, before: Point, after: Point, what: str) -> Verdict:
+        """The speed gate between two files. Both are timed again, interleaved, and their costs say so: figures of
+        the same moment compare, those of different minutes may not."""
+        verdict = speed_gate(self._caller(before.file), self._caller(after.file), what=what)
+        for timed, one in ((before, verdict.before), (after, verdict.after)):
+            timed.cost["latency"], timed.interval = one.median_ms, (one.low_ms, one.high_ms)
+        return verdict
+
     def _loss(self, base: Point, path: Path) -> float:
         """How much worse than `base` a file is on part of the validation split, as a share of `base`'s metric."""
         both = [self.task.metrics(*self.outputs(p, self.data.val, limit=1000)) for p in (base.file, path)]
         before, after = (m[self.task.metric] for m in both)
         return (before - after if self.task.maximise else after - before) / max(abs(before), 1e-9)
-
-    def pruned(
-        self, finalist: Finalist, settings: Settings, *, seconds: float, stop: Callable[[], bool]
-    ) -> nn.Module | None:
-        """A copy of the finalist's model with `KEEP` of its widths, recovered with the finalist as teacher."""
-        self.tell(f"pruning {finalist.candidate.name}")
-        model = copy.deepcopy(finalist.model)
-        try:
-            steps = magnitude(model, keep=KEEP)
-        except ValueError:
-            return None
-        if not steps:
-            return None
-        trainer = Trainer(model, self.task, self.data, settings, teacher=finalist.model)
-        trainer.train(seconds=seconds, schedule="linear", stop=stop)
-        if trainer.ema is not None and trainer.ema.steps:
-            trainer.ema.swap()
-        return model.eval()
 
     def outputs(self, path: str | Path, split: Split, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Answers of a file and targets over `split`."""
@@ -204,9 +189,7 @@ class Workshop:
         return Point(name, form, str(path), val, cost, interval, model=model)
 
     def _caller(self, path: str | Path) -> Callable[[], Any]:
-        session = onnx_session(path)
-        kept = {node.name for node in session.get_inputs()}
-        return onnx_callable(session, [x for i, x in enumerate(self.one) if f"input_{i}" in kept])
+        return _caller(Path(path), self.one)
 
 
 class ExportedModel(nn.Module):
@@ -221,6 +204,32 @@ class ExportedModel(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         feed = {f"input_{i}": x.numpy() for i, x in enumerate(inputs) if f"input_{i}" in self.names}
         return torch.from_numpy(self.session.run(None, feed)[0])
+
+
+def file_cost(path: Path, inputs: tuple[Tensor, ...], *, seconds: float = 0.4) -> tuple[float, tuple[float, float]]:
+    """Latency of an exported file on one sample: the median in ms, and the interval it lies in."""
+    timing = latency({"file": _caller(path, inputs)}, budget_s=seconds)["file"]
+    return timing.median_ms, (timing.low_ms, timing.high_ms)
+
+
+def _caller(path: Path, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
+    session = onnx_session(path)
+    # The exporter drops inputs a model does not read.
+    kept = {node.name for node in session.get_inputs()}
+    return onnx_callable(session, [x for i, x in enumerate(inputs) if f"input_{i}" in kept])
+
+
+def export_quickly(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
+    """An ONNX file good enough to be timed: one shape, by the fast exporter."""
+    names = [f"input_{i}" for i in range(len(inputs))]
+    export_onnx(model, inputs, path, input_names=names, dynamic=None, exporter="fast")
+
+
+def calibration_feeds(path: Path, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[dict[str, np.ndarray]]:
+    """Model-ready batches as the feeds of an exported file."""
+    kept = {node.name for node in onnx_session(path).get_inputs()}
+    for batch in batches:
+        yield {f"input_{i}": x.numpy() for i, x in enumerate(batch) if f"input_{i}" in kept}
 
 
 def choose(
