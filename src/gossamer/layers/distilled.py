@@ -25,11 +25,14 @@ class DistilledClassifier(nn.Module):
         self.distilled = nn.Linear(dim, num_classes)
 
     def forward(
-        self, x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None
+        self,
+        x: Float[Tensor, "b *grid c"],
+        mask: Bool[Tensor, "b *grid"] | None = None,
+        sizes: Float[Tensor, "b *grid"] | None = None,
     ) -> Float[Tensor, "b k"] | tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
         if self.kind == "token":
             answer, distilled = self.fc(x[:, 0]), self.distilled(x[:, 1])
         else:
-            pooled = mean_pool(x, mask)
+            pooled = mean_pool(x, mask, sizes)
             answer, distilled = self.fc(pooled), self.distilled(pooled)
         return (answer, distilled) if self.training else (answer + distilled) / 2

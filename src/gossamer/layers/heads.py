@@ -1,4 +1,4 @@
-"""From tokens to an answer."""
+"""From tokens to an answer. Where tokens were merged, `sizes` says how many each stands for."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -8,17 +8,23 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
-def mean_pool(x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None) -> Float[Tensor, "b c"]:
-    """Mean over the (valid) tokens; a sample with none gives zeros."""
+def mean_pool(
+    x: Float[Tensor, "b *grid c"],
+    mask: Bool[Tensor, "b *grid"] | None = None,
+    sizes: Float[Tensor, "b *grid"] | None = None,
+) -> Float[Tensor, "b c"]:
+    """Mean over the (valid) tokens, weighted by their sizes; a sample with none gives zeros."""
     x = x.flatten(1, -2)
-    if mask is None:
+    if mask is None and sizes is None:
         return x.mean(1)
-    weight = mask.flatten(1)[..., None].to(x.dtype)
+    weight = x.new_ones(()) if sizes is None else sizes.flatten(1)[..., None]
+    if mask is not None:
+        weight = weight * mask.flatten(1)[..., None].to(x.dtype)
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 class SequencePool(nn.Module):
-    """`z = sum_n softmax_n(w . x_n + b) x_n`.
+    """`z = sum_n softmax_n(w . x_n + b) x_n`; a token of size s counts as s alike ones.
 
     Source: Hassani et al. 2021, "Escaping the Big Data Paradigm with Compact Transformers", section 3.2.
     """
@@ -28,10 +34,15 @@ class SequencePool(nn.Module):
         self.score = nn.Linear(dim, 1)
 
     def forward(
-        self, x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None
+        self,
+        x: Float[Tensor, "b *grid c"],
+        mask: Bool[Tensor, "b *grid"] | None = None,
+        sizes: Float[Tensor, "b *grid"] | None = None,
     ) -> Float[Tensor, "b c"]:
         x = x.flatten(1, -2)
         score = self.score(x)
+        if sizes is not None:
+            score = score + sizes.flatten(1)[..., None].log()
         if mask is not None:
             score = score.masked_fill(~mask.flatten(1)[..., None], torch.finfo(score.dtype).min)
         return (score.softmax(1).transpose(1, 2) @ x)[:, 0]
@@ -63,12 +74,15 @@ class Classifier(nn.Module):
         self.fc = nn.Linear(dim, num_classes) if num_classes else None
 
     def forward(
-        self, x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None
+        self,
+        x: Float[Tensor, "b *grid c"],
+        mask: Bool[Tensor, "b *grid"] | None = None,
+        sizes: Float[Tensor, "b *grid"] | None = None,
     ) -> Float[Tensor, "b k"]:
         if self.pool is not None:
-            x = self.pool(x, mask)
+            x = self.pool(x, mask, sizes)
         else:
-            x = x[:, 0] if self.kind == "token" else mean_pool(x, mask)
+            x = x[:, 0] if self.kind == "token" else mean_pool(x, mask, sizes)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.fc is None else self.fc(self.drop(x))
@@ -91,7 +105,10 @@ class DenseClassifier(nn.Module):
         self.fc = nn.Linear(dim, num_classes)
 
     def forward(
-        self, x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None
+        self,
+        x: Float[Tensor, "b *grid c"],
+        mask: Bool[Tensor, "b *grid"] | None = None,
+        sizes: Float[Tensor, "b *grid"] | None = None,
     ) -> Float[Tensor, "b k"]:
         return self.fc(self.drop(self.act(self.dense(x.flatten(1, -2)[:, 0]))))
 
@@ -109,9 +126,14 @@ class SentenceVector(nn.Module):
         self.pool = pool
         self.normalize = normalize
 
-    def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b c"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        mask: Bool[Tensor, "b n"] | None = None,
+        sizes: Float[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b c"]:
         if self.pool == "mean":
-            x = mean_pool(x, mask)
+            x = mean_pool(x, mask, sizes)
         elif self.pool == "token":
             x = x[:, 0]
         else:

@@ -103,6 +103,82 @@ def merge(
     return Merged(total, heavy, place if source is None else place.gather(1, source))
 
 
+class Matching(NamedTuple):
+    """Who goes into whom: positions of the tokens that stay, in their new order, and of those that go.
+
+    `into` is the place of the partner among those that stay. Padding is dropped, not merged: its `real` is False.
+    """
+
+    stay: Int[Tensor, "b m"]
+    gone: Int[Tensor, "b r"]
+    into: Int[Tensor, "b r"]
+    real: Bool[Tensor, "b r"]
+
+
+def match(
+    metric: Float[Tensor, "b n d"], r: int, *, protect: int = 0, mask: Bool[Tensor, "b n"] | None = None
+) -> Matching:
+    """The matching of `merge` with padding, and in the order of the authors' code, on which their next match depends.
+
+    Those that stay are ordered: protected ones, even positions, odd positions. Padding goes first, the last of it
+    before the rest, and is nobody's partner.
+
+    Args:
+        metric: what similarity is measured on.
+        r: tokens to remove.
+        protect: leading tokens that neither go nor are gone into.
+        mask: True for real tokens; None: all are.
+
+    Raises:
+        ValueError: `r` is negative or exceeds half of the tokens that are not protected.
+    """
+    b, n, _ = metric.shape
+    if not 0 <= r <= max(0, (n - protect) // 2):
+        raise ValueError(f"r must be in 0..{max(0, (n - protect) // 2)} for n={n}, protect={protect}, got {r}")
+    position = torch.arange(n, device=metric.device)
+    order = torch.cat((position[:protect], *(position[protect + (protect + turn) % 2 :: 2] for turn in (0, 1))))
+    if not r:
+        none = position[:0].expand(b, 0)
+        return Matching(order.expand(b, n), none, none, none.bool())
+    even, odd = position[::2], position[1::2]
+    unit = torch.nn.functional.normalize(metric.detach(), dim=-1)
+    barred = (even < protect)[:, None] | (odd < protect)
+    if mask is not None:
+        barred = barred | ~mask[:, ::2, None] | ~mask[:, None, 1::2]
+    best, partner = (unit[:, ::2] @ unit[:, 1::2].mT).masked_fill(barred, -2.0).max(-1)
+    # Scores of all positions by turns even and odd; odd ones never go, unless they are padding.
+    never = torch.full_like(best, -2.0)
+    leave = torch.stack((best, never), -1).flatten(1)[:, :n]
+    goal = torch.stack((2 * partner + 1, torch.zeros_like(partner)), -1).flatten(1)[:, :n]
+    if mask is not None:
+        leave = torch.where(mask, leave, 2.0 + position.to(leave.dtype) / n)
+    # Protected ones do not even go where too few others can.
+    leave = leave.masked_fill(position < protect, -3.0)
+    ranked = leave.topk(n, dim=1).indices
+    gone, stay = ranked[:, :r], ranked[:, r:]
+    rank = torch.empty_like(order).scatter(0, order, position)
+    stay = order[rank[stay].sort(dim=1).values]
+    places = position[: n - r].expand(b, -1)
+    place = torch.zeros_like(ranked).scatter(1, stay, places)
+    real = torch.ones_like(gone, dtype=torch.bool) if mask is None else mask.gather(1, gone)
+    return Matching(stay, gone, place.gather(1, goal.gather(1, gone)), real)
+
+
+def combine(
+    x: Float[Tensor, "b n c"], size: Float[Tensor, "b n"], found: Matching, moved: Float[Tensor, "b r c"] | None = None
+) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b m"]]:
+    """Tokens merged as `found` says, each the mean of its tokens weighted by `size`, and their sizes.
+
+    Args:
+        moved: `size * x` of the tokens that go, where it was changed on the way.
+    """
+    weighted = x * size[..., None]
+    moved = (take(weighted, found.gone) if moved is None else moved) * found.real[..., None]
+    heavy = size.gather(1, found.stay).scatter_add(1, found.into, size.gather(1, found.gone) * found.real)
+    total = take(weighted, found.stay).scatter_add(1, found.into[..., None].expand_as(moved), moved)
+    return total / heavy[..., None], heavy
+
+
 def unmerge(y: Float[Tensor, "b m c"], source: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
     """Every original token gets the value of the token it went into."""
     return take(y, source)

@@ -18,7 +18,7 @@ class Isotropic(nn.Module):
         blocks: applied in turn, each given the mask when there is one; a block with `reduces` true takes
             `(x, mask=, sizes=)` and gives all three back, with as many tokens as it leaves.
         norm: on the tokens after the last block, or None.
-        head: `(tokens, mask) -> answer`.
+        head: `(tokens, mask) -> answer`; where tokens were merged it is given their `sizes=` too.
     """
 
     def __init__(self, stem: nn.Module, blocks: Sequence[nn.Module], *, norm: nn.Module | None, head: nn.Module):
@@ -30,6 +30,9 @@ class Isotropic(nn.Module):
 
     def encode(self, x: Shaped[Tensor, "b ..."]) -> tuple[Tensor, Tensor | None]:
         """The tokens after the last block and norm, and their mask."""
+        return self._encode(x)[:2]
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, mask = self.stem(x)
         sizes = None
         for block in self.blocks:
@@ -37,11 +40,11 @@ class Isotropic(nn.Module):
                 x, mask, sizes = block(x, mask=mask, sizes=sizes)
             else:
                 x = block(x) if mask is None else block(x, mask=mask)
-        return (x if self.norm is None else self.norm(x)), mask
+        return (x if self.norm is None else self.norm(x)), mask, sizes
 
     def forward(self, x: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b ..."] | tuple[Float[Tensor, "b ..."], ...]:
-        tokens, mask = self.encode(x)
-        return self.head(tokens, mask)
+        tokens, mask, sizes = self._encode(x)
+        return self.head(tokens, mask) if sizes is None else self.head(tokens, mask, sizes=sizes)
 
     def features(self, x: Float[Tensor, "b i height width"]) -> list[Float[Tensor, "b h w c"]]:
         """The one map an isotropic image model has, learned tokens removed."""
@@ -49,4 +52,6 @@ class Isotropic(nn.Module):
         if tokens.ndim == 4:
             return [tokens]
         h, w = cast(Any, self.stem).grid
+        if tokens.shape[1] < h * w:
+            raise ValueError(f"tokens were reduced to {tokens.shape[1]}; there is no {h}x{w} map left")
         return [tokens[:, -h * w :].unflatten(1, (h, w))]

@@ -1,0 +1,182 @@
+"""Blocks that change how many tokens there are, around a plain residual block.
+
+The two residual branches of the block, and three places where tokens may go:
+
+`before -> x = first(x) -> between -> x = second(x) -> after`
+
+Source: Bolya et al. 2023, "Token Merging: Your ViT But Faster" (`MergingBlock`: bipartite soft matching between
+attention and MLP, proportional attention); Rao et al. 2021, "DynamicViT" (a mask while training, a gather afterwards).
+
+- tokens travel as `(x, mask, sizes)`: `mask` marks real tokens, `sizes` how many original ones each stands for; both
+  are None where there is nothing to say
+- leading tokens (class, distillation, registers) are protected
+- keys and attention weights of the block are there for the asking, from the one attention that is computed anyway
+- where sizes are carried, attention adds `log s` to the logits of each key: a merged token counts as its members
+- the number of tokens left depends on shapes alone, so the blocks export, with a free batch
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from gossamer.layers.blocks import Block
+from gossamer.layers.linear import linear
+from gossamer.ops import tokens as ops
+from gossamer.ops.attention import attention, attention_maps, join_heads
+
+
+class Tokens(NamedTuple):
+    """Tokens `(b, n, c)` on their way, which are real, and how many each stands for."""
+
+    x: Tensor
+    mask: Tensor | None = None
+    sizes: Tensor | None = None
+
+
+class Seen(NamedTuple):
+    """What the attention of a block computed: `keys (b, h, n, d)` and, if wanted, `weights (b, h, n, n)`."""
+
+    keys: Tensor | None = None
+    weights: Tensor | None = None
+
+
+class ReducingBlock(nn.Module):
+    """Base of blocks that reduce tokens; a subclass overrides one or more of `before`, `between` and `after`.
+
+    `reduces` tells the trunk to hand over sizes. A subclass that reads `keys` or attention `weights` lists them in
+    `wants`; they, and sizes, need the mixer to be plain attention.
+
+    Args:
+        block: the block whose work is done.
+        protect: leading tokens that must stay.
+
+    Raises:
+        ValueError: the block has one residual branch only, or its mixer does not show what is wanted.
+    """
+
+    reduces: ClassVar[bool] = True
+    wants: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, block: Block, *, protect: int = 0) -> None:
+        super().__init__()
+        if block.norm2 is None:
+            raise ValueError(f"a block of one residual branch ({block.residual}) has no place between two")
+        if self.wants and not shows_attention(block.mixer):
+            raise ValueError(f"mixer {type(block.mixer).__name__} does not show {', '.join(sorted(self.wants))}")
+        self.block = block
+        self.protect = protect
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        sizes: Float[Tensor, "b n"] | None = None,
+    ) -> tuple[Float[Tensor, "b m c"], Bool[Tensor, "b m"] | None, Float[Tensor, "b m"] | None]:
+        tokens = self.before(Tokens(x, mask, sizes))
+        x, seen = first_branch(self.block, *tokens, weights="weights" in self.wants)
+        tokens = self.between(tokens._replace(x=x), seen)
+        tokens = self.after(tokens._replace(x=second_branch(self.block, tokens.x)), seen)
+        return tokens.x, tokens.mask, tokens.sizes
+
+    def before(self, tokens: Tokens) -> Tokens:
+        """Reduces what the block reads."""
+        return tokens
+
+    def between(self, tokens: Tokens, seen: Seen) -> Tokens:
+        """Reduces what the second branch reads; `seen` is of the tokens as they are here."""
+        return tokens
+
+    def after(self, tokens: Tokens, seen: Seen) -> Tokens:
+        """Reduces what the block gives; `seen` is of the tokens as they were in attention."""
+        return tokens
+
+
+def shows_attention(mixer: nn.Module) -> bool:
+    """Whether `mixer` is plain attention, whose keys and weights the functions here can read."""
+    return getattr(mixer, "name", None) == "attention"
+
+
+def first_branch(
+    block: Block, x: Tensor, mask: Tensor | None = None, sizes: Tensor | None = None, *, weights: bool = False
+) -> tuple[Tensor, Seen]:
+    """The block up to its second branch, and what its attention computed.
+
+    Raises:
+        ValueError: sizes or weights are asked of a mixer that is no plain attention.
+    """
+    read = block.norm1(x) if block.residual in ("pre", "stream") else x
+    if shows_attention(block.mixer):
+        mixed, seen = _attend(block.mixer, read, mask, sizes, weights)
+    elif weights or sizes is not None:
+        raise ValueError(f"mixer {type(block.mixer).__name__} knows neither attention weights nor sizes of tokens")
+    else:
+        mixed, seen = block.mixer(read, mask=mask), Seen()
+    x = block._add(x, mixed, block.scale1)
+    if block.residual == "post":
+        x = block.norm1(x)
+    return (block.norm2(x) if block.residual == "stream" else x), seen
+
+
+def second_branch(block: Block, x: Tensor) -> Tensor:
+    """The rest of the block, which treats each token by itself."""
+    x = block._add(x, block.mlp(block.norm2(x) if block.residual == "pre" else x), block.scale2)
+    return block.norm2(x) if block.residual == "post" else x
+
+
+def _attend(mixer: Any, x: Tensor, mask: Tensor | None, sizes: Tensor | None, weights: bool) -> tuple[Tensor, Seen]:
+    q, k, v = mixer.project(x)
+    hooks: dict[str, Any] = {"causal": mixer.causal}
+    if mask is not None:
+        hooks["mask"] = mask[:, None, None, :]
+    if sizes is not None:
+        hooks["bias"] = sizes.log()[:, None, None, :].expand(-1, -1, x.shape[1], -1)
+    if weights:
+        y, maps, _ = attention_maps(q, k, v, **hooks)
+    else:
+        y, maps = attention(q, k, v, dropout=mixer.attn_drop if mixer.training else 0.0, **hooks), None
+    y = linear(mixer.proj, join_heads(y))
+    return (y if mixer.drop is None else mixer.drop(y)), Seen(k, maps)
+
+
+class MergingBlock(ReducingBlock):
+    """Between the branches, `r` tokens go into those most like them, by the mean of their keys over heads.
+
+    Args:
+        r: tokens to merge where `tokens` come in; with more or fewer, as large a share of them, rounded down.
+        tokens: how many are expected.
+        protect: leading tokens that are never merged, neither way.
+
+    Raises:
+        ValueError: `r` is negative or `tokens` not positive.
+    """
+
+    wants = frozenset({"keys"})
+
+    def __init__(self, block: Block, r: int, *, tokens: int, protect: int = 0) -> None:
+        super().__init__(block, protect=protect)
+        if r < 0 or tokens < 1:
+            raise ValueError(f"r must be at least 0 and tokens at least 1, got r={r}, tokens={tokens}")
+        self.r = r
+        self.tokens = tokens
+
+    def between(self, tokens: Tokens, seen: Seen) -> Tokens:
+        x, mask, sizes = tokens
+        n = x.shape[1]
+        r = min(self.r * n // self.tokens, (n - self.protect) // 2)
+        if r <= 0:
+            return tokens
+        assert seen.keys is not None
+        found = ops.match(seen.keys.mean(1), r, protect=self.protect, mask=mask)
+        sizes = torch.ones_like(x[..., 0]) if sizes is None else sizes
+        x, sizes = ops.combine(x, sizes, found, self.moved(x, sizes, found))
+        return Tokens(x, None if mask is None else mask.gather(1, found.stay), sizes)
+
+    def moved(self, x: Tensor, sizes: Tensor, found: ops.Matching) -> Tensor | None:
+        """What the tokens that go bring, if it is not `sizes * x`."""
+        return None
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, tokens={self.tokens}, protect={self.protect}"
