@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from gossamer import __version__
-from gossamer.cli import advise, bench, export, fit, info, listing, measure, predict, search, train
+from gossamer.cli import advise, bench, export, fit, info, listing, measure, predict, search, shrink, train
 from gossamer.cli.group import OneLineErrors
 
 __all__ = ["app", "main"]
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 app.command("fit")(fit.command)
+app.command("shrink")(shrink.command)
 app.command("advise")(advise.command)
 app.command("predict")(predict.command)
 app.command("list")(listing.command)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 
-__all__ = ["parse_budget", "parse_duration", "parse_positive", "parse_shape", "short"]
+__all__ = ["parse_budget", "parse_duration", "parse_positive", "parse_shape", "parse_shares", "short"]
 
 _BYTES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
@@ -41,6 +41,28 @@ def parse_budget(text: str) -> dict[str, float]:
         units, example = _BUDGET[key]
         budget[key] = _quantity(value, units, f"budget {key}", example)
     return budget
+
+
+def parse_shares(text: str) -> tuple[dict[str, float], dict[str, float]]:
+    """`"latency=70%,size=5MB"` -> `({"size": 5.0}, {"latency": 0.7})`: limits in base units, and shares of what is.
+
+    Raises:
+        ValueError: as `parse_budget`, or a share is no positive percentage.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    fixed = ",".join(part for part in parts if not part.endswith("%"))
+    budget = parse_budget(fixed) if fixed else {}
+    shares: dict[str, float] = {}
+    for part in parts:
+        if part.endswith("%"):
+            key, _, value = (piece.strip() for piece in part[:-1].partition("="))
+            if key in budget or key in shares:
+                raise ValueError(f"budget gives {key} twice, in {text!r}")
+            units = {"": 0.01}
+            if key not in _BUDGET:
+                raise ValueError(f"budget must name {', '.join(_BUDGET)}; got {part!r}")
+            shares[key] = _quantity(value, units, f"budget {key}", f"{key}=70%")
+    return budget, shares
 
 
 def parse_duration(text: str) -> float:

@@ -6,15 +6,11 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
-
-from gossamer.io import atomic_write
-from gossamer.shrink.budget import BUDGET_UNITS
-from gossamer.tasks.base import Figure, new_plot, to_svg
+from gossamer.shrink.page import inline_svg, shown, write_page
+from gossamer.tasks.base import Figure, new_plot
 
 FORM_MARKERS = {"float32": "o", "int8": "D", "pruned float32": "s", "pruned int8": "^"}
 COLOURS = ("#1f5fa8", "#c8553d", "#3b8b5d", "#8a5fb0", "#b8860b", "#4a8fa0", "#a04a7a", "#666666")
@@ -22,21 +18,11 @@ COLOURS = ("#1f5fa8", "#c8553d", "#3b8b5d", "#8a5fb0", "#b8860b", "#4a8fa0", "#a
 
 def write_report(results: dict[str, Any], figures: list[Figure], path: Path) -> None:
     """Writes the page for `results` (as in `results.json`) and the task's test figures."""
-    env = Environment(
-        loader=PackageLoader("gossamer.fit"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
-    )
-    env.filters["cost"] = _cost
-    env.filters["sig"] = _significant
     pictures = {
-        "front": _svg(_front(results)) if results["points"] else "",
-        "curves": _svg(_curves(results)) if results["trials"] else "",
+        "front": inline_svg(_front(results)) if results["points"] else "",
+        "curves": inline_svg(_curves(results)) if results["trials"] else "",
     }
-    shown = [{"title": f.title, "caption": f.caption, "html": _inline(f)} for f in figures]
-    page = env.get_template("report.html").render(
-        r=results, figures=shown, units=BUDGET_UNITS, pictures=pictures, rows=_rows(results)
-    )
-    with atomic_write(path) as file:
-        file.write(page)
+    write_page("gossamer.fit", path, r=results, figures=shown(figures), pictures=pictures, rows=_rows(results))
 
 
 def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -154,32 +140,3 @@ def _curves(results: dict[str, Any]) -> Any:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6.5, frameon=False)
     return plot
-
-
-def _svg(plot: Any) -> str:
-    text = to_svg(plot).decode()
-    return text[text.index("<svg") :]
-
-
-def _inline(figure: Figure) -> str:
-    if figure.kind == "svg":
-        text = figure.data.decode()
-        return text[text.index("<svg") :]
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(figure.data).decode()}">'
-
-
-def _significant(value: object, digits: int = 3) -> str:
-    if not isinstance(value, int | float):
-        return "–"
-    if value and abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
-
-
-def _cost(value: object, kind: str) -> str:
-    """A cost in its unit: `1.2 ms`, `0.3 M`."""
-    if not isinstance(value, int | float):
-        return "–"
-    if kind in ("params", "macs"):
-        return f"{value / 1e6:.3g} M"
-    return f"{_significant(value)} {BUDGET_UNITS[kind]}"

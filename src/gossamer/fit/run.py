@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -27,7 +26,7 @@ from gossamer.fit.join import join
 from gossamer.fit.options import FitOptions, FitResult
 from gossamer.fit.race import RUNGS, Race, base_settings, open_study, ranking, study_place, unit_seconds
 from gossamer.fit.report import write_report
-from gossamer.io import read_json, write_json
+from gossamer.io import claim, plain, read_json, write_json
 from gossamer.measure import device_info
 from gossamer.shrink.artefacts import Point, Workshop, choose
 from gossamer.shrink.base import Calibration, Unsupported, run_pass
@@ -58,7 +57,7 @@ def fit(options: FitOptions) -> FitResult:
     if options.join is not None:
         return join(options)
     folder = options.folder()
-    _claim(folder, options)
+    claim(folder, options.identity())
     if (folder / "results.json").exists():
         return FitResult(read_json(folder / "results.json"), folder)
     with Clock(options.seconds, folder / "clock.json") as clock, Progress(clock, quiet=options.quiet) as progress:
@@ -347,7 +346,7 @@ class _Run:
     def _write(self, results: dict[str, Any], figures: list[Any]) -> FitResult:
         self.progress.tell("writing the report")
         results["seconds"] = round(self.clock.used, 1)
-        results = _json(results)
+        results = plain(results)
         write_report(results, figures, self.folder / "report.html")
         results["seconds"] = round(self.clock.used, 1)
         write_json(self.folder / "results.json", results)
@@ -375,31 +374,5 @@ def metric_noise(task: Task, values: list[float], count: int) -> float:
     return 0.005 * abs(best)
 
 
-def _claim(folder: Path, options: FitOptions) -> None:
-    """Notes in `run.json` what was asked, or makes sure the folder is of the same call."""
-    file, identity = folder / "run.json", json.loads(json.dumps(options.identity()))
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**identity, "gossamer": __version__})
-        return
-    there = read_json(file)
-    other = sorted(k for k, v in identity.items() if there.get(k) != v)
-    if other:
-        raise ValueError(f"{folder} holds a run with another {', '.join(other)}; give --out another folder")
-
-
 def _trial(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
     return {"number": trial.number, "state": trial.state.name.lower(), "params": trial.params, **trial.user_attrs}
-
-
-def _json(value: Any) -> Any:
-    """`value` with nothing but JSON in it: what is not a number becomes null."""
-    if isinstance(value, dict):
-        return {str(k): _json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(v) for v in value]
-    if isinstance(value, torch.Tensor):
-        return _json(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)

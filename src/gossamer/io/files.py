@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from gossamer import __version__
 
 
 @contextmanager
@@ -47,6 +50,37 @@ def write_json(path: str | Path, value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False)
     with atomic_write(path) as file:
         file.write(text + "\n")
+
+
+def plain(value: Any) -> Any:
+    """`value` with nothing but JSON in it: tensors and tuples as lists, what is not a number as null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def claim(folder: str | Path, run: dict[str, Any]) -> None:
+    """Notes in `run.json` of `folder` what was asked of a run, or makes sure that the one there was asked the same.
+
+    Raises:
+        ValueError: the folder holds a run that was asked something else.
+    """
+    file, asked = Path(folder) / "run.json", json.loads(json.dumps(run, default=str))
+    if not file.exists():
+        write_json(file, {**asked, "gossamer": __version__})
+        return
+    there = read_json(file)
+    other = sorted(k for k, v in asked.items() if there.get(k) != v)
+    if other:
+        raise ValueError(
+            f"{folder} holds a run with another {', '.join(other)}; give --out another folder, or the same settings"
+        )
 
 
 def read_json(path: str | Path) -> Any:

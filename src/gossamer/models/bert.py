@@ -15,7 +15,7 @@ from torch import nn
 
 from gossamer.layers import Block, Mlp
 from gossamer.layers.embed import TextStem
-from gossamer.layers.heads import DenseClassifier, SentenceVector
+from gossamer.layers.heads import Classifier, DenseClassifier, SentenceVector
 from gossamer.layers.init import init_transformer
 from gossamer.mixers import create_mixer
 from gossamer.models.registry import register_system
@@ -57,6 +57,7 @@ def bert(
     pool: Literal["token", "mean", "max"] = "mean",
     normalize: bool = True,
     num_classes: int = 0,
+    classifier: Literal["dense", "linear"] = "dense",
     head_act: str = "tanh",
     mixer: str = "attention",
 ) -> nn.Module:
@@ -66,7 +67,8 @@ def bert(
         hidden: channels between the products of the MLP, `4 * dim` by default.
         act: activation of the MLP, `head_act` that of the classifier's inner layer.
         pool: how tokens become a sentence vector; `normalize` gives it length 1.
-        num_classes: 0 gives sentence vectors; else a classifier over the first token.
+        num_classes: 0 gives sentence vectors.
+        classifier: `dense` is BERT's, over the first token; `linear` scores the pooled tokens.
 
     Raises:
         ValueError: an unknown activation.
@@ -87,7 +89,9 @@ def bert(
         for _ in range(depth)
     ]
     head: nn.Module
-    if num_classes:
+    if num_classes and classifier == "linear":
+        head = Classifier(dim, num_classes, pool="token" if pool == "token" else "mean", drop=drop)
+    elif num_classes:
         head = DenseClassifier(dim, num_classes, act=ACTIVATIONS[head_act], drop=drop)
     else:
         head = SentenceVector(pool, normalize=normalize)

@@ -6,6 +6,7 @@ to it, and then the weights fit.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import snapshot_download
 from torch import nn
 
@@ -23,14 +25,18 @@ from gossamer.models import create_model
 from gossamer.models.folder import save
 from gossamer.shrink import passes
 
-__all__ = ["apply", "load", "register_step", "replay", "save"]
+__all__ = ["apply", "check_recipe", "load", "read_recipe", "register_step", "replay", "save"]
 
 Stepper = Callable[[nn.Module, dict[str, Any]], None]
 _STEPS: dict[str, Stepper] = {}
 
 
-def load(source: str | Path) -> nn.Module:
+def load(source: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The model in a folder that `save` wrote (or in the `model` folder of a run, or a Hub repository), in eval mode.
+
+    Args:
+        model: for one that was not made by `create_model`: the module as its own code builds it, before shrinking. It
+            is copied, the recipe is replayed on the copy and the weights are loaded into it.
 
     Raises:
         ValueError: it is none of these, or the files do not belong together.
@@ -40,15 +46,46 @@ def load(source: str | Path) -> nn.Module:
         if folder.is_absolute() or str(source).count("/") != 1:
             raise ValueError(f"no model folder at {source}; give a folder with config.json or a Hub name owner/name")
         folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
+    if not (folder / "recipe.json").exists() and (folder / "model" / "recipe.json").exists():
         folder = folder / "model"
-    config = read_json(folder / "config.json")
-    model = create_model(**config)
+    if model is not None:
+        model = copy.deepcopy(model)
+    else:
+        if not (folder / "config.json").exists() and (folder / "recipe.json").exists():
+            raise ValueError(
+                f"{folder} holds weights of a module of your own; give load(folder, model=…) as you built it"
+            )
+        model = create_model(**read_json(folder / "config.json"))
     recipe = folder / "recipe.json"
     if recipe.exists():
         replay(model, read_json(recipe))
     model.load_state_dict(load_weights(folder / "model.safetensors"))
     return model.eval()
+
+
+def read_recipe(path: str | Path) -> list[dict[str, Any]]:
+    """Passes with their settings from a YAML file: a list of `{pass: name, setting: value, …}`.
+
+    Raises:
+        ValueError: no such file, or no such list in it.
+    """
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    check_recipe(recipe)
+    return recipe
+
+
+def check_recipe(recipe: Any) -> None:
+    """Raises a ValueError where a recipe is no list of passes with settings."""
+    if not isinstance(recipe, list) or not recipe:
+        raise ValueError(f"recipe must be a list of passes, got {type(recipe).__name__}")
+    for entry in recipe:
+        if not isinstance(entry, dict) or not isinstance(entry.get("pass"), str):
+            raise ValueError(f"each line of a recipe must be like {{pass: optin, keep: 0.6}}, got {entry!r}")
 
 
 def register_step(name: str) -> Callable[[Stepper], Stepper]:

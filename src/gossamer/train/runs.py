@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gossamer.catalogue import find
 from gossamer.data import Dataset, read_dataset
-from gossamer.io import atomic_write, load_weights, read_json, save_weights, write_json
+from gossamer.io import atomic_write, claim, load_weights, read_json, save_weights, write_json
 from gossamer.measure import device_info
 from gossamer.models import create_model
 from gossamer.models.folder import save
@@ -87,12 +87,13 @@ def train_model(
         "settings": chosen.to_dict(),
         "pretrain": pretrain or None,
     }
-    _claim(out, run)
+    claim(out, run)
     if (out / "results.json").exists():
         return read_json(out / "results.json")
 
     data = read_dataset(source, task=task, seed=seed, **(options or {}))
     job = create_task(data.task, data.spec, data.meta)
+    write_json(out / "task.json", {"task": data.task, "spec": data.spec, "meta": data.meta})
     if data.task not in entry.tasks:
         raise ValueError(f"{name} is not for {data.task}; it is for {', '.join(entry.tasks)}")
     torch.manual_seed(seed)
@@ -197,20 +198,6 @@ def _pretrained(
 
         half = None if seconds is None else seconds / 2
         return pretrain_model(model, data, out / "pretrain", epochs=epochs, seconds=half, seed=seed, note=note)
-
-
-def _claim(out: Path, run: dict[str, Any]) -> None:
-    """Writes `run.json`, or makes sure that the one there is of the same run."""
-    file = out / "run.json"
-    if file.exists():
-        there = read_json(file)
-        other = sorted(k for k in run if there.get(k) != json.loads(json.dumps(run[k])))
-        if other:
-            raise ValueError(
-                f"{out} holds a run with another {', '.join(other)}; give --out another folder, or the same settings"
-            )
-        return
-    write_json(file, run)
 
 
 def _forget_after(file: Path, step: int) -> None:

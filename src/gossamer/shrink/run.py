@@ -1,0 +1,514 @@
+"""`shrink`: measure, try passes, recover the best, export, gate, report; a folder that can be killed and taken up.
+
+- the model as it came is exported and measured first, then as int8: that is what every change is held against
+- passes are tried one by one at the strength the budget needs, by what the exported file costs and scores; the pass
+  of each family that lost least is tried together with that of another
+- the best few are trained for the rest of the time, with the model as it came for a teacher, and become files
+- a file that the speed gate rejects is rolled back, and the report says why
+- the test split is read by the first and the winning file, after everything has been decided
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from gossamer import __version__
+from gossamer.data.base import Dataset
+from gossamer.io import atomic_write, claim, plain, read_json, write_json
+from gossamer.measure import device_info, macs, parameters
+from gossamer.models.folder import save
+from gossamer.shrink.artefacts import Point, Workshop, choose, export_quickly, file_cost
+from gossamer.shrink.base import Calibration, Unsupported, find_pass, passes, run_pass
+from gossamer.shrink.budget import excess
+from gossamer.shrink.options import ShrinkOptions, ShrinkResult
+from gossamer.shrink.recipe import load
+from gossamer.shrink.report import write_report
+from gossamer.shrink.subject import Subject, open_subject, read_for
+from gossamer.tasks import create_task
+from gossamer.tasks.base import Task
+from gossamer.train.clock import Clock
+from gossamer.train.progress import Progress
+
+# Passes the search tries by itself: one shot, no training of their own. Others are for recipes.
+TRIED = ("optin", "latency_widths", "magnitude", "merging", "greenformers")
+# What they are called with beyond `keep`, where it is not their default.
+SETTINGS: dict[str, dict[str, Any]] = {"greenformers": {"solver": "whitened"}}
+SCREENED = 500  # validation items a trial is judged by
+SCREEN_BY, TRAINED_BY = 0.4, 0.8  # shares of the time
+FILES_SHARE = 0.4  # of the time left after the trials, at most, goes into making files instead of training
+HEAD_SHARE = 0.2  # of the time, for training a head the model came without
+MOST_FINALISTS = 3
+CLOSE = 0.02  # a cost this far below its limit is close enough
+LEAST_KEEP = 0.05
+LOOK_FROM_S = 600.0  # from this much time on, the sensitivity of each layer to int8 is reported
+LR = 5e-5
+COSTS = ("latency", "size", "params", "macs")
+
+
+@dataclass
+class Trial:
+    """A recipe that was tried.
+
+    Args:
+        recipe: passes with settings, in order.
+        val: the task's metric on `SCREENED` validation items, before any training.
+        cost: of the exported float file.
+        status: `tried`, `failed`, `finished`.
+    """
+
+    name: str
+    recipe: list[dict[str, Any]]
+    val: float | None = None
+    cost: dict[str, float | None] = field(default_factory=dict)
+    seconds: float = 0.0
+    status: str = "tried"
+    why: str = ""
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def shrink(options: ShrinkOptions) -> ShrinkResult:
+    """The model of `options`, cheaper; see the head of this file.
+
+    Raises:
+        ValueError: model or data cannot be used or do not fit each other, or the folder is of another run.
+    """
+    folder = options.folder()
+    claim(folder, options.identity())
+    if (folder / "results.json").exists():
+        return ShrinkResult(read_json(folder / "results.json"), folder)
+    with Clock(options.seconds, folder / "clock.json") as clock, Progress(clock, quiet=options.quiet) as progress:
+        progress.tell("reading the model")
+        subject = open_subject(options.model, options.weights)
+        progress.tell("reading the data")
+        data = read_for(subject, options.data, task=options.task, seed=options.seed, options=options.options)
+        task = create_task(data.task, data.spec, data.meta)
+        write_json(folder / "task.json", {"task": data.task, "spec": data.spec, "meta": data.meta})
+        return _Run(options, folder, clock, progress, subject, data, task).go()
+
+
+class _Run:
+    def __init__(
+        self,
+        options: ShrinkOptions,
+        folder: Path,
+        clock: Clock,
+        progress: Progress,
+        subject: Subject,
+        data: Dataset,
+        task: Task,
+    ) -> None:
+        self.options = options
+        self.folder = folder
+        self.clock = clock
+        self.progress = progress
+        self.subject = subject
+        self.data = data
+        self.task = task
+        self.sign = 1 if task.maximise else -1
+        self.calibration = Calibration(task, data, seed=options.seed)
+        files = folder / "files"
+        files.mkdir(exist_ok=True)
+        nearly = 0.93 * clock.total
+        self.workshop = Workshop(task, data, files, tell=progress.tell, late=lambda: clock.over(nearly))
+        self.trials: list[Trial] = []
+        self.budget: dict[str, float] = {}
+
+    def go(self) -> ShrinkResult:
+        torch.manual_seed(self.options.seed)
+        if not self.subject.trained:
+            self._train_head()
+        self.model = self.subject.model.eval()
+        before, small = self._before()
+        self.budget = self.options.budget | {
+            k: share * float(before.cost[k] or math.inf) for k, share in self.options.shares.items()
+        }
+        if self.options.recipe is not None:
+            self._recipe(before, self.options.recipe)
+        else:
+            self._search(before, small)
+        return self._conclude(before)
+
+    # --- stages ---------------------------------------------------------------------------------------------------
+
+    def _train_head(self) -> None:
+        place = self.folder / "start"
+        if not (place / "model.safetensors").exists():
+            self.progress.tell("training a head for the data's classes")
+            trainer = self.calibration.trainer(self.subject.model, lr=LR * 2, ema=0.0)
+            trainer.train(seconds=HEAD_SHARE * self.clock.total, schedule="linear", stop=lambda: self.clock.interrupted)
+            save(self.subject.model, place)
+        self.subject.model = load(place)
+
+    def _before(self) -> tuple[Point, Point | None]:
+        """The model as it came, as a float file and as int8."""
+        begun = self.clock.used
+        found = self._points("as it came", lambda: self.model, gated=None)
+        pace = self.folder / "pace.json"
+        if not pace.exists():
+            files_s = self.clock.used - begun
+            begun = self.clock.used
+            self.workshop.outputs(found[0].file, self.data.val, limit=256)
+            test_s = 2 * (self.clock.used - begun) * len(self.data.test) / min(256, len(self.data.val))
+            write_json(pace, {"files_s": files_s, "test_s": test_s})
+        self.pace = read_json(pace)
+        return found[0], found[1] if len(found) > 1 else None
+
+    def _points(
+        self, name: str, build: Callable[[], nn.Module], *, gated: Point | None, recipe: Any = ()
+    ) -> list[Point]:
+        """The float and the int8 file of a model, from disk if they were made before; held to the gate."""
+        file = self.folder / "files" / f"{_stem(name)}.json"
+        if file.exists():
+            points = [Point(**{**p, "interval": tuple(p["interval"])}) for p in read_json(file)]
+            self.workshop.points += points
+            return points
+        start = len(self.workshop.points)
+        point = self.workshop.export(name, "float32", build())
+        if point.status != "rolled back":
+            if gated is not None:
+                self._gate(gated, point)
+            # Quantising every layer by itself takes a while: once, for the model as it came.
+            self.workshop.int8(point, look=gated is None and self.clock.total >= LOOK_FROM_S)
+        points = self.workshop.points[start:]
+        for p in points:
+            p.certificate["recipe"] = list(recipe)
+        write_json(file, plain([p.to_dict() for p in points]))
+        return points
+
+    def _gate(self, before: Point, point: Point) -> None:
+        """Rolls `point` back unless it is faster than `before`, or smaller where only that was asked for."""
+        verdict = self.workshop.gate(before, point, "the change")
+        smaller = [
+            k for k in self.budget if k != "latency" and (point.cost[k] or math.inf) < (before.cost[k] or math.inf)
+        ]
+        if verdict.passed:
+            point.why = verdict.why
+        elif smaller and "latency" not in self.budget and verdict.after.low_ms <= verdict.before.high_ms:
+            point.why = f"smaller in {', '.join(smaller)}; {verdict.why}"
+        else:
+            point.status, point.why = "rolled back", verdict.why
+
+    def _search(self, before: Point, small: Point | None) -> None:
+        screen_by = SCREEN_BY * self.clock.total
+        if not self.budget or (
+            small is not None and small.status != "rolled back" and excess(small.cost, self.budget) <= 1
+        ):
+            strengths = self._strengths(before, None)
+        else:
+            strengths = self._strengths(before, small)
+        known = [name for name in TRIED if name in passes()]
+        for target in strengths:
+            for name in known:
+                if self.clock.over(screen_by) and any(t.val is not None for t in self.trials):
+                    break
+                self._try([(name, 1.0)], target, before)
+            self._combine(target, before, screen_by)
+        left = self.clock.left - self.pace["test_s"]
+        count = max(1, min(MOST_FINALISTS, int(FILES_SHARE * left / max(self.pace["files_s"], 1e-3))))
+        chosen = self._ranked()[:count]
+        for place, trial in enumerate(chosen):
+            more = len(chosen) - place
+            left = self.clock.left - self.pace["test_s"] - more * self.pace["files_s"]
+            self._finish(trial, before, max(0.0, left / more))
+            if self.clock.interrupted:
+                break
+
+    def _strengths(self, before: Point, small: Point | None) -> list[dict[str, float]]:
+        """Shares of the costs a float file must reach: for itself, and for its int8 form to be within the budget."""
+        if not self.budget:
+            return [{"macs": 0.6}]
+        wanted = {k: limit / float(before.cost[k] or limit) for k, limit in self.budget.items() if k in COSTS}
+        found = [wanted]
+        if small is not None and small.status != "rolled back":
+            with_int8 = {
+                k: min(1.0, share * float(before.cost[k] or 1) / float(small.cost[k] or 1))
+                if k in ("latency", "size")
+                else share
+                for k, share in wanted.items()
+            }
+            found = [with_int8] if all(v >= 1 for v in wanted.values()) else [with_int8, wanted]
+        return [s for s in found if any(v < 1 for v in s.values())][:2]
+
+    def _try(self, parts: list[tuple[str, float]], target: dict[str, float], before: Point) -> Trial | None:
+        """Runs passes at the strength that brings the exported file to `target`; two corrections of the guess.
+
+        `parts` are passes with the share of the way each goes, in logarithms.
+        """
+        worst = min(target.values(), default=0.6)
+        keep = worst
+        best: Trial | None = None
+        for attempt in range(3):
+            recipe = [
+                {"pass": name, "keep": round(max(LEAST_KEEP, keep**power), 4), **SETTINGS.get(name, {})}
+                for name, power in parts
+            ]
+            trial = self._trial(recipe, before)
+            if trial.status == "failed":
+                return trial
+            ratio = max(
+                (float(trial.cost[k] or 0) / float(before.cost[k] or 1) / share for k, share in target.items()),
+                default=1.0,
+            )
+            if ratio <= 1 and (best is None or (trial.val or 0) * self.sign >= (best.val or 0) * self.sign):
+                best = trial
+            if 1 - CLOSE <= ratio <= 1 or attempt == 2 or keep <= LEAST_KEEP:
+                break
+            # The cost is about a fixed part and a part that `keep` scales.
+            share = ratio * worst
+            if share >= 1:
+                break
+            keep = min(1.0, max(LEAST_KEEP, 1 - (1 - worst * (1 - CLOSE / 2)) / (1 - share) * (1 - keep)))
+        return best
+
+    def _trial(self, recipe: list[dict[str, Any]], before: Point) -> Trial:
+        name = "+".join(f"{e['pass']}-{e['keep']:.3f}" if "keep" in e else e["pass"] for e in recipe)
+        place = self.folder / "trials" / _stem(name)
+        file = place / "trial.json"
+        done = next((t for t in self.trials if t.name == name), None)
+        if done is not None:
+            return done
+        if file.exists():
+            trial = Trial(**read_json(file))
+            self.trials.append(trial)
+            return trial
+        self.progress.tell(f"trying {name}")
+        begun = time.perf_counter()
+        trial = Trial(name, recipe)
+        self.calibration.seconds = max(30.0, 0.5 * (SCREEN_BY * self.clock.total - self.clock.used))
+        try:
+            model = self._apply(recipe)
+            trial.report = dict(getattr(model, "shrink_report", {}))
+            trial.cost = self._quick_cost(model)
+            trial.val = self.calibration.score(model, limit=SCREENED)
+            if math.isnan(trial.val):
+                trial.status, trial.why, trial.val = "failed", "its answers are no numbers", None
+            else:
+                save(model, place / "model")
+        except Unsupported as error:
+            trial.status, trial.why = "failed", f"cannot handle this model: {error}"
+        except (RuntimeError, ValueError) as error:  # a pass that breaks on a model must not end the others
+            trial.status, trial.why = "failed", str(error).splitlines()[0]
+        trial.seconds = round(time.perf_counter() - begun, 2)
+        self.trials.append(trial)
+        write_json(file, plain(asdict(trial)))
+        if trial.val is not None:
+            top = self._ranked()
+            if top:
+                self.progress.best = f"{top[0].name} {self.task.metric} {top[0].val:.4f} untrained"
+        return trial
+
+    def _apply(self, recipe: list[dict[str, Any]]) -> nn.Module:
+        model = self.model
+        for entry in recipe:
+            settings = {k: v for k, v in entry.items() if k != "pass"}
+            if model is not self.model:
+                # What was found out about the whole model does not hold for a part of it.
+                later = Calibration(self.task, self.data, self.calibration.seconds, self.options.seed)
+                model, _ = run_pass(entry["pass"], model, later, **settings)
+            else:
+                model, _ = run_pass(entry["pass"], model, self.calibration, **settings)
+        return model
+
+    def _quick_cost(self, model: nn.Module) -> dict[str, float | None]:
+        one = self.workshop.one
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            export_quickly(model, one, path)
+            median, _ = file_cost(path, one)
+            size = path.stat().st_size / 1e6
+        work = macs(model, one).total
+        return {"latency": median, "memory": None, "size": size, "params": parameters(model), "macs": work}
+
+    def _combine(self, target: dict[str, float], before: Point, screen_by: float) -> None:
+        """The two passes of different families that lost least, each going half of the way."""
+        best: dict[str, Trial] = {}
+        for trial in self._ranked():
+            if len(trial.recipe) == 1:
+                best.setdefault(find_pass(trial.recipe[0]["pass"]).family, trial)
+        for a, b in list(combinations(best.values(), 2))[:2]:
+            if self.clock.over(screen_by):
+                return
+            # Tokens last: what a pruned part is worth is better seen with all of them.
+            pair = sorted((a, b), key=lambda t: find_pass(t.recipe[0]["pass"]).family == "token reduction")
+            self._try([(t.recipe[0]["pass"], 0.5) for t in pair], target, before)
+
+    def _ranked(self) -> list[Trial]:
+        """Trials that are within reach of the budget as some file, best first; those the gate will reject last."""
+        before = next((p for p in self.workshop.points if p.name == "as it came"), None)
+        slow = math.inf if before is None else before.interval[1]
+        usable = [t for t in self.trials if t.val is not None]
+        return sorted(
+            usable,
+            key=lambda t: (
+                self._reach(t) > 1 + CLOSE,
+                float(t.cost["latency"] or 0) > slow,
+                -self.sign * float(t.val or 0),
+            ),
+        )
+
+    def _reach(self, trial: Trial) -> float:
+        """How far above the budget the trial's int8 file will be, guessed from that of the model as it came."""
+        points = {p.form: p for p in self.workshop.points if p.name == "as it came"}
+        float32, int8 = points.get("float32"), points.get("int8")
+        cost = dict(trial.cost)
+        if float32 and int8 and int8.status != "rolled back":
+            for k in ("latency", "size"):
+                cost[k] = float(cost[k] or 0) * float(int8.cost[k] or 1) / float(float32.cost[k] or 1)
+        return excess(cost, self.budget)
+
+    def _finish(self, trial: Trial, before: Point, seconds: float) -> None:
+        """Trains a trial's model with the model as it came for a teacher, and makes its files."""
+        place = self.folder / "finalists" / _stem(trial.name)
+        if not (place / "done.json").exists():
+            self.progress.tell(f"recovering {trial.name}")
+            model = self._restore(self.folder / "trials" / _stem(trial.name) / "model")
+            untrained = self.calibration.score(model, limit=None)
+            begun = time.perf_counter()
+            steps = self._recover(model, seconds, place / "state.pt")
+            val = self.calibration.score(model, limit=None)
+            kept = self.sign * val > self.sign * untrained
+            if not kept:
+                model = self._restore(self.folder / "trials" / _stem(trial.name) / "model")
+            save(model, place / "model")
+            words = {"steps": steps, "seconds": round(time.perf_counter() - begun, 1), "untrained": untrained}
+            write_json(place / "done.json", {**words, "val": val, "kept": kept})
+            (place / "state.pt").unlink(missing_ok=True)
+        done = read_json(place / "done.json")
+        trial.status = "finished"
+        trial.why = (
+            f"{done['steps']} steps of recovery in {done['seconds']:.0f} s: {self.task.metric} "
+            f"{done['untrained']:.4f} to {done['val']:.4f}" + ("" if done["kept"] else ", not kept")
+        )
+        self._points(trial.name, lambda: self._restore(place / "model"), gated=before, recipe=trial.recipe)
+
+    def _recover(self, model: nn.Module, seconds: float, state: Path) -> int:
+        if seconds < 2:
+            return 0
+        trainer = self.calibration.trainer(model, teacher=self.model, lr=LR, ema=0.99)
+        if state.exists():
+            trainer.load(state)
+        last = time.perf_counter()
+
+        def on_step(loss: float) -> None:
+            nonlocal last
+            if time.perf_counter() - last > 15:
+                last = time.perf_counter()
+                trainer.save(state)
+
+        trainer.train(seconds=seconds, schedule="linear", on_step=on_step, stop=lambda: self.clock.interrupted)
+        if trainer.ema is not None and trainer.ema.steps:
+            trainer.ema.swap()
+        model.eval()
+        return trainer.steps
+
+    def _recipe(self, before: Point, recipe: list[dict[str, Any]]) -> None:
+        """The user's own passes in order; `recover` trains, and each step's files are made and gated."""
+        for entry in recipe:
+            if entry["pass"] not in ("recover", "int8"):
+                find_pass(entry["pass"])
+        model, done, last, self.last = self.model, [], before, before.name
+        for number, entry in enumerate(recipe, 1):
+            name = f"{number} {entry['pass']}"
+            settings = {k: v for k, v in entry.items() if k != "pass"}
+            if entry["pass"] == "int8":
+                continue  # each step's file is made as int8 too
+            place = self.folder / "steps" / _stem(name) / "model"
+            if place.exists():
+                changed = self._restore(place)
+            elif entry["pass"] == "recover":
+                self.progress.tell(f"step {name}")
+                changed = self._restore(save(model, place.with_name("from")))
+                share = max(0.0, TRAINED_BY * self.clock.total - self.clock.used)
+                self._recover(changed, float(settings.get("seconds", share)), place.with_name("state.pt"))
+            else:
+                self.progress.tell(f"step {name}")
+                left = Calibration(self.task, self.data, max(30.0, self.clock.left * 0.7), self.options.seed)
+                changed, _ = run_pass(entry["pass"], model, left, **settings)
+            save(changed, place)
+            done.append(entry)
+            points = self._points(name, lambda c=changed: c, gated=None, recipe=done)
+            if entry["pass"] != "recover" and points[0].status != "rolled back":
+                self._gate(last, points[0])
+                if points[0].status == "rolled back":
+                    done.pop()
+                    continue
+            model, last, self.last = changed, points[0], name
+
+    # --- models on disk ---------------------------------------------------------------------------------------------
+
+    def _restore(self, place: Path) -> nn.Module:
+        return load(place, None if hasattr(self.model, "config") else self.model)
+
+    # --- what is written --------------------------------------------------------------------------------------------
+
+    def _conclude(self, before: Point) -> ShrinkResult:
+        points = self.workshop.points
+        offered = [p for p in points if self.options.recipe is None or p.name == self.last] or points
+        winner, closest = choose(offered, self.budget, maximise=self.task.maximise, noise=0.0)
+        chosen = winner or closest or before
+        self.progress.tell("testing")
+        results = self._results(before)
+        outputs, targets = self.workshop.outputs(before.file, self.data.test)
+        results["before"] = {**before.to_dict(), "test": self.task.metrics(outputs, targets)}
+        outputs, targets = self.workshop.outputs(chosen.file, self.data.test)
+        figures = self.task.figures(outputs, targets, self.data.test)
+        results["winner"] = {
+            **chosen.to_dict(),
+            "recipe": chosen.certificate.get("recipe", []),
+            "test": self.task.metrics(outputs, targets),
+        }
+        results["meets_budget"] = winner is not None
+        results["points"] = [p.to_dict() for p in points]
+        shutil.copyfile(chosen.file, self.folder / "model.onnx.tmp")
+        (self.folder / "model.onnx.tmp").replace(self.folder / "model.onnx")
+        shutil.copytree(chosen.model, self.folder / "model", dirs_exist_ok=True)
+        with atomic_write(self.folder / "recipe.yaml") as file:
+            steps = [*results["winner"]["recipe"], *([{"pass": "int8"}] if "int8" in chosen.form else [])]
+            yaml.safe_dump(steps, file, sort_keys=False)
+        self.progress.tell("writing the report")
+        results["seconds"] = round(self.clock.used, 1)
+        results = plain(results)
+        write_report(results, figures, self.folder / "report.html")
+        write_json(self.folder / "results.json", results)
+        return ShrinkResult(results, self.folder)
+
+    def _results(self, before: Point) -> dict[str, Any]:
+        data = self.data
+        return {
+            "gossamer": __version__,
+            "model": {"name": self.subject.name, "origin": self.subject.origin, "trained": self.subject.trained},
+            "data": {
+                "source": str(self.options.data),
+                "train": len(data.train),
+                "val": len(data.val),
+                "test": len(data.test),
+                "spec": data.spec,
+                "problems": data.problems,
+            },
+            "task": data.task,
+            "metric": self.task.metric,
+            "maximise": self.task.maximise,
+            "budget": self.budget,
+            "shares": self.options.shares,
+            "asked_seconds": self.options.seconds,
+            "seed": self.options.seed,
+            "interrupted": self.clock.interrupted,
+            "device": device_info(),
+            "trials": [asdict(t) for t in self.trials],
+        }
+
+
+def _stem(name: str) -> str:
+    return name.replace(" ", "-").replace("/", "-")
