@@ -124,6 +124,17 @@ def test_the_catalogue_and_the_model_file_agree_on_variants_and_tasks(slug: str)
     assert sorted(built.tasks) == sorted(entry.tasks)
 
 
+def test_passes_the_catalogue_promises_are_registered_and_say_where_they_come_from() -> None:
+    from gossamer.shrink.base import passes
+
+    known = passes()
+    for s in catalogue.systems():
+        for name in s.passes:
+            assert known[name].paper == s.slug
+    papers = {p.paper: name for name, p in known.items() if p.paper}
+    assert papers.keys() <= {s.slug for s in catalogue.systems() if s.passes}
+
+
 def test_mixers_the_catalogue_promises_are_registered() -> None:
     from gossamer.mixers import list_mixers
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class System:
         published: figures of its named variants.
         variants: names that `create_model` takes.
         mixers: names that `create_mixer` takes and that come from this system.
+        passes: names of shrinking passes that come from it (`gossamer shrink --recipe`).
     """
 
     slug: str
@@ -75,6 +76,7 @@ class System:
     published: list[Published]
     variants: list[str]
     mixers: list[str]
+    passes: list[str] = field(default_factory=list)
 
 
 def read_system(path: Path) -> System:
@@ -86,7 +88,7 @@ def read_system(path: Path) -> System:
     """
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     wanted = {f.name for f in fields(System)}
-    if set(data) != wanted:
+    if set(data) | {"passes"} != wanted:
         missing, unknown = sorted(wanted - set(data)), sorted(set(data) - wanted)
         raise ValueError(f"{path.name}: missing keys {missing}, unknown keys {unknown}")
     if data["slug"] != path.stem:
@@ -183,7 +185,7 @@ def published(variant: str) -> Published | None:
 
 
 def _text(system: System) -> str:
-    names = [*system.variants, *(row.name for row in system.published), *system.mixers]
+    names = [*system.variants, *(row.name for row in system.published), *system.mixers, *system.passes]
     return " ".join([system.slug, system.title, system.task, system.repo or "", *names])
 
 

@@ -42,6 +42,7 @@ def command(
         ("our tasks", ", ".join(system.tasks)),
         ("variants", ", ".join(system.variants)),
         ("mixers", ", ".join(system.mixers)),
+        ("passes", ", ".join(system.passes)),
         ("official code", f"{system.repo or 'none'} (licence: {system.licence})"),
         ("facts from", _EVIDENCE.get(system.evidence, system.evidence)),
     ):

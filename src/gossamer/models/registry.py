@@ -83,6 +83,8 @@ def system(slug: str) -> SystemEntry:
         if entry.module is None or entry.status == "planned":
             raise ValueError(f"system {entry.slug!r} is in the catalogue but not built yet (status {entry.status})")
         importlib.import_module(entry.module)
+    if slug not in _SYSTEMS:
+        raise ValueError(f"{slug!r} is no model by name: it is the work of {catalogue.find(slug).module}")
     return _SYSTEMS[slug]
 
 
@@ -134,7 +136,7 @@ def model_card(name: str) -> dict[str, Any]:
     entry = catalogue.find(name)
     published = catalogue.published(name)
     card: dict[str, Any] = {**vars(entry), "published_here": vars(published) if published else None}
-    if entry.status != "planned":
+    if entry.status != "planned" and entry.variants:
         card["about"] = system(entry.slug).doc
     return card
 
