@@ -167,6 +167,22 @@ def test_the_smooth_form_adds_the_gradient_of_the_envelope_and_makes_no_zeros():
         assert bool((a != 0).all())
 
 
+@pytest.mark.parametrize("penalty", ["l1", "rows"])
+def test_what_is_longer_than_the_trim_is_not_shrunk(penalty):
+    model, plain = net(), net()
+    before = model[0].weight.detach().clone()
+    lengths = before.abs() if penalty == "l1" else before.norm(dim=1, keepdim=True)
+    trim = float(lengths.median())
+    groups = [{"params": [model[0].weight], "shrink": 5.0, "penalty": penalty, "trim": trim}]
+    follow(model, MoreauYosida(torch.optim.SGD(groups, lr=1e-3)), 1)
+    follow(plain, torch.optim.SGD(plain.parameters(), lr=1e-3), 1)
+    after = plain[0].weight.detach()
+    long = ((after.abs() if penalty == "l1" else after.norm(dim=1, keepdim=True)) > trim).expand_as(after)
+    torch.testing.assert_close(model[0].weight, torch.where(long, after, prox(after, 5e-3, penalty)))
+    assert bool(long.any())
+    assert not bool(long.all())
+
+
 @pytest.mark.parametrize(("penalty", "size"), [("rows", 1), ("columns", 2), ("blocks", 2)])
 def test_whole_groups_go_and_the_compact_matrix_gives_the_same(penalty, size):
     model = net()

@@ -9,8 +9,8 @@ threshold follows the learning rate are our reading (the map of the whole step, 
 
 - the moments of the base optimiser see the gradient of the loss only; without `shrink` it is the base optimiser
 - one set of numbers more than the base optimiser needs, and only for `weights="reweighted"`
-- `shrink`, `penalty`, `size` and `frozen` are entries of a parameter group, as `lr` is: saved with the state, and
-  changed at any time
+- `shrink`, `penalty`, `size`, `trim` and `frozen` are entries of a parameter group, as `lr` is: saved with the state,
+  and changed at any time
 - a weight at zero may come back as long as its group is not `frozen`
 """
 
@@ -72,12 +72,17 @@ def prox(v: Float[Tensor, "*shape"], t: float | Tensor, penalty: str = "l1", siz
     if not bool((torch.as_tensor(t) > 0).all()):
         raise ValueError(f"t must be above 0, got {t}")
     check_penalty(penalty, size, v.shape)
+    return _map(v, t, penalty, size)
+
+
+def _map(v: Tensor, t: float | Tensor, penalty: str, size: int) -> Tensor:
+    """`prox`, where `t` may be 0 too: what is not shrunk stays."""
     if penalty == "l1":
         return v.sign() * (v.abs() - t).clamp(min=0)
     if penalty == "l0":
         return torch.where(v.abs() > (2 * torch.as_tensor(t)).sqrt(), v, 0.0)
-    # A group of length 0 has nothing to scale: 0 * max(0, 1 - t / 0) is 0 * 0.
-    scale = (1 - t / group_norms(v, penalty, size)).clamp(min=0)
+    # A group of length 0 has nothing to scale; the smallest length keeps 0 / 0 out.
+    scale = (1 - t / group_norms(v, penalty, size).clamp(min=torch.finfo(v.dtype).tiny)).clamp(min=0)
     return (grouped(v, penalty, size) * scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)
 
 
@@ -102,6 +107,7 @@ class MoreauYosida(Optimizer):
     """Wraps an optimiser: after each of its steps, the groups with a `shrink` are shrunk.
 
     Entries of a parameter group it reads: `shrink` (lambda, 0 by default), `penalty` (`l1`) and `size` (1, see `prox`),
+    `trim` (none): entries or groups longer than this are not shrunk, the trimmed lasso (Bertsimas et al. 2017);
     `frozen` (False): what is zero stays zero, whatever the gradient.
 
     Args:
@@ -129,6 +135,7 @@ class MoreauYosida(Optimizer):
             group.setdefault("shrink", 0.0)
             group.setdefault("penalty", "l1")
             group.setdefault("size", 1)
+            group.setdefault("trim", None)
             group.setdefault("frozen", False)
             if group["shrink"] < 0:
                 raise ValueError(f"shrink must be at least 0, got {group['shrink']}")
@@ -141,7 +148,7 @@ class MoreauYosida(Optimizer):
     # What training loops read and set is the base optimiser's own.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
 
     @param_groups.setter
@@ -149,7 +156,7 @@ class MoreauYosida(Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.base.state
 
     @state.setter
@@ -157,7 +164,7 @@ class MoreauYosida(Optimizer):
         self.base.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.base.defaults
 
     @defaults.setter
@@ -203,7 +210,10 @@ class MoreauYosida(Optimizer):
             self.state[p]["reweight"] = weight
         if self.smooth is None:
             for g, p in shrunk:
-                p.copy_(prox(p, g["lr"] * g["shrink"] * self._weight(g, p), g["penalty"], g["size"]))
+                t = g["lr"] * g["shrink"] * self._weight(g, p)
+                if g.get("trim") is not None:
+                    t = t * (_lengths(p, g) <= g["trim"])
+                p.copy_(_map(p, t, g["penalty"], g["size"]))
         for p, alive in frozen:
             p.mul_(alive)
         return loss
