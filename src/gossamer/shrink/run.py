@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import tempfile
@@ -38,11 +39,12 @@ from gossamer.shrink.report import write_report
 from gossamer.shrink.subject import Subject, open_subject, read_for
 from gossamer.tasks import create_task
 from gossamer.tasks.base import Task
+from gossamer.train import Trainer
 from gossamer.train.clock import Clock
 from gossamer.train.progress import Progress
 
 # Passes the search tries by itself: one shot, no training of their own. Others are for recipes.
-TRIED = ("optin", "latency_widths", "magnitude", "merging", "greenformers")
+TRIED = ("optin", "latency_widths", "magnitude", "merging", "greenformers", "dependency")
 # What they are called with beyond `keep`, where it is not their default.
 SETTINGS: dict[str, dict[str, Any]] = {"greenformers": {"solver": "whitened"}}
 SCREENED = 500  # validation items a trial is judged by
@@ -53,7 +55,8 @@ MOST_FINALISTS = 3
 CLOSE = 0.02  # a cost this far below its limit is close enough
 LEAST_KEEP = 0.05
 LOOK_FROM_S = 600.0  # from this much time on, the sensitivity of each layer to int8 is reported
-LR = 5e-5
+RATES = (3e-5, 2e-4, 1e-3)  # learning rates tried for recovery, each for this share of its time
+PROBED = 0.07
 COSTS = ("latency", "size", "params", "macs")
 
 
@@ -84,6 +87,9 @@ def shrink(options: ShrinkOptions) -> ShrinkResult:
     Raises:
         ValueError: model or data cannot be used or do not fit each other, or the folder is of another run.
     """
+    for entry in options.recipe or ():
+        if entry["pass"] not in ("recover", "int8"):
+            find_pass(entry["pass"])
     folder = options.folder()
     claim(folder, options.identity())
     if (folder / "results.json").exists():
@@ -146,7 +152,7 @@ class _Run:
         place = self.folder / "start"
         if not (place / "model.safetensors").exists():
             self.progress.tell("training a head for the data's classes")
-            trainer = self.calibration.trainer(self.subject.model, lr=LR * 2, ema=0.0)
+            trainer = self.calibration.trainer(self.subject.model, lr=RATES[1], ema=0.0)
             trainer.train(seconds=HEAD_SHARE * self.clock.total, schedule="linear", stop=lambda: self.clock.interrupted)
             save(self.subject.model, place)
         self.subject.model = load(place)
@@ -394,9 +400,19 @@ class _Run:
         self._points(trial.name, lambda: self._restore(place / "model"), gated=before, recipe=trial.recipe)
 
     def _recover(self, model: nn.Module, seconds: float, state: Path) -> int:
+        """Trains `model` with the model as it came for a teacher, at the rate that did best in a short trial."""
         if seconds < 2:
             return 0
-        trainer = self.calibration.trainer(model, teacher=self.model, lr=LR, ema=0.99)
+        rate = state.with_name("rate.json")
+        if not rate.exists():
+            scores = {}
+            for lr in RATES:
+                probe = self._trainer(copy.deepcopy(model), lr)
+                probe.train(seconds=PROBED * seconds, schedule="linear", stop=lambda: self.clock.interrupted)
+                with probe.averaged():
+                    scores[lr] = self.sign * self.calibration.score(probe.model, limit=SCREENED)
+            write_json(rate, {"lr": max(scores, key=lambda lr: (not math.isnan(scores[lr]), scores[lr]))})
+        trainer = self._trainer(model, read_json(rate)["lr"])
         if state.exists():
             trainer.load(state)
         last = time.perf_counter()
@@ -407,17 +423,18 @@ class _Run:
                 last = time.perf_counter()
                 trainer.save(state)
 
-        trainer.train(seconds=seconds, schedule="linear", on_step=on_step, stop=lambda: self.clock.interrupted)
+        left = seconds * (1 - len(RATES) * PROBED)
+        trainer.train(seconds=left, schedule="linear", on_step=on_step, stop=lambda: self.clock.interrupted)
         if trainer.ema is not None and trainer.ema.steps:
             trainer.ema.swap()
         model.eval()
         return trainer.steps
 
+    def _trainer(self, model: nn.Module, lr: float) -> Trainer:
+        return self.calibration.trainer(model, teacher=self.model, lr=lr, ema=0.98)
+
     def _recipe(self, before: Point, recipe: list[dict[str, Any]]) -> None:
         """The user's own passes in order; `recover` trains, and each step's files are made and gated."""
-        for entry in recipe:
-            if entry["pass"] not in ("recover", "int8"):
-                find_pass(entry["pass"])
         model, done, last, self.last = self.model, [], before, before.name
         for number, entry in enumerate(recipe, 1):
             name = f"{number} {entry['pass']}"

@@ -63,6 +63,8 @@ def open_subject(model: str | Path | nn.Module, weights: str | Path | None = Non
         ours = from_timm(model)
         if ours is not None:
             return Subject(type(model).__name__, ours, "timm", _reading(getattr(ours, "config", {})))
+        if not hasattr(model, "recipe"):
+            model.recipe = []  # type: ignore[assignment]
         return Subject(type(model).__name__, model.eval(), "module")
     folder = Path(model)
     if folder.is_dir():
@@ -138,6 +140,9 @@ def read_for(subject: Subject, source: str, *, task: str | None, seed: int, opti
     data.meta |= {k: v for k, v in subject.meta.items() if k in ("mean", "std") and k in data.meta}
     config = getattr(subject.model, "config", None)
     settings = settings_of(config) if isinstance(config, dict) and "name" in config else {}
+    for key, what in (("vocab_size", "texts"), ("img_size", "images"), ("seq_len", "series")):
+        if key in data.spec and settings and not settings.get(key):
+            raise ValueError(f"{source} are {what}, which {subject.name} does not read")
     if "vocab_size" in data.spec and settings.get("vocab_size") and "tokenizer" not in wanted:
         raise ValueError("the model reads tokens and came without its tokenizer; give --tokenizer FILE")
     if "vocab_size" in data.spec and settings.get("vocab_size", 1 << 62) < data.spec["vocab_size"]:

@@ -1,0 +1,156 @@
+"""`gossamer shrink` end to end on small models: budgets, recipes, kills, files that work."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import gossamer
+from gossamer.cli import app
+from gossamer.data import read_dataset
+from gossamer.io import onnx_session, read_json, write_json
+from gossamer.measure import macs
+from gossamer.models import create_model
+from gossamer.models.folder import save
+from gossamer.shrink import run as module
+from gossamer.shrink.options import ShrinkOptions
+from gossamer.shrink.run import shrink
+from gossamer.tasks import create_task
+from gossamer.train import Settings, Trainer
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A ViT that has learnt the digits, as a folder."""
+    torch.set_num_threads(2)
+    data = read_dataset("digits")
+    task = create_task(data.task, data.spec, data.meta)
+    torch.manual_seed(0)
+    net = create_model("vit_tiny_patch16_224", patch=2, dim=48, depth=2, heads=4, **data.spec)
+    trainer = Trainer(net, task, data, Settings(lr=4e-3, warmup=20, ema=0.0, strength=0.0, precision="float32"))
+    trainer.train(steps=250, schedule="linear")
+    folder = tmp_path_factory.mktemp("model")
+    save(net, folder)
+    write_json(folder / "task.json", {"task": data.task, "spec": data.spec, "meta": data.meta})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Only two passes are tried: what the search does with more is the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TRIED", ("magnitude", "merging"))
+        patch.setattr(module, "MOST_FINALISTS", 1)
+        # On a busy machine a small model's latency says little; what the gate does is tested by itself.
+        patch.setattr(module._Run, "_gate", lambda *a: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(digits, few, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    options = ShrinkOptions(model=str(digits), data="digits", shares={"macs": 0.6}, seconds=45, out=out, quiet=True)
+    return shrink(options), options
+
+
+def test_a_budget_in_multiply_adds_is_met_and_everything_is_there(done, digits):
+    result, _ = done
+    r = result.results
+    assert result.meets_budget
+    before, after = r["before"], r["winner"]
+    assert after["cost"]["macs"] <= 0.6 * before["cost"]["macs"]
+    assert before["test"]["accuracy"] > 0.8
+    assert after["test"]["accuracy"] > before["test"]["accuracy"] - 0.1
+    folder = result.folder
+    net = gossamer.load(folder)
+    data = read_dataset("digits")
+    task = create_task(data.task, data.spec, data.meta)
+    assert macs(net, task.example(data.test)).total == after["cost"]["macs"]
+    answer = onnx_session(folder / "model.onnx").run(None, {"input_0": task.example(data.test, 4)[0].numpy()})[0]
+    assert answer.shape == (4, 10)
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page
+    assert "as it came" in page
+    words = result.summary()
+    assert "before" in words
+    assert "macs" in words
+
+
+def test_the_same_call_gives_the_same_answer_without_work(done):
+    result, options = done
+    assert shrink(options).results == result.results
+    with pytest.raises(ValueError, match="another shares"):
+        shrink(ShrinkOptions(model=options.model, data="digits", shares={"macs": 0.5}, seconds=45, out=options.out))
+
+
+def test_a_killed_run_takes_up_what_was_finished(digits, few, tmp_path, monkeypatch):
+    options = ShrinkOptions(
+        model=str(digits), data="digits", shares={"macs": 0.6}, seconds=20, out=tmp_path / "out", quiet=True
+    )
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "_finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            shrink(options)
+    trials = sorted((tmp_path / "out" / "trials").glob("*/trial.json"))
+    assert trials
+    stamps = [t.stat().st_mtime_ns for t in trials]
+    monkeypatch.setattr(module._Run, "_apply", lambda *_: pytest.fail("a finished trial was run again"))
+    assert shrink(options).meets_budget
+    assert [t.stat().st_mtime_ns for t in trials] == stamps
+
+
+def test_a_recipe_is_followed_in_order(digits, few, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("- {pass: pre_rmsnorm}\n- {pass: magnitude, keep: 0.75}\n- {pass: recover, seconds: 2}\n")
+    out = tmp_path / "out"
+    call = ["shrink", str(digits), "--data", "digits", "--recipe", str(file), "--time", "20s", "--out", str(out)]
+    answer = CliRunner().invoke(app, [*call, "--json"])
+    assert answer.exit_code == 0, answer.output
+    results = json.loads(answer.stdout)
+    assert [e["pass"] for e in results["winner"]["recipe"]] == ["pre_rmsnorm", "magnitude", "recover"]
+    steps = read_json(out / "model" / "recipe.json")
+    assert steps[0] == {"step": "pre_rmsnorm", "form": "rms"}
+    assert {s["step"] for s in steps[1:]} == {"prune"}
+
+
+def test_any_module_is_shrunk_through_the_api(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TRIED", ("magnitude", "dependency"))
+    pytest.importorskip("torch_pruning", reason="torch-pruning is an extra")
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(32 * 64, 10),
+    )  # fmt: skip
+    options = ShrinkOptions(
+        model=net, data="digits", shares={"macs": 0.6}, seconds=20, out=tmp_path / "out", quiet=True
+    )
+    result = shrink(options)
+    assert result.meets_budget
+    tried = {t["recipe"][0]["pass"]: t for t in result.results["trials"]}
+    assert "no part of Sequential states a pruning rule" in tried["magnitude"]["why"]
+    again = gossamer.load(result.folder, net)
+    assert again[0].out_channels < 32
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "swin_t"}, "by name alone has no trained weights"),
+        ({"model": "./nowhere"}, "no model folder"),
+        ({"shares": {"macs": 1.4}}, "at most 100 %"),
+        ({"shares": {"speed": 0.4}}, "budget must name"),
+        ({"recipe": [{"keep": 0.5}]}, "each line of a recipe"),
+        ({"recipe": [{"pass": "melt"}]}, "pass must be one of"),
+        ({"data": "toy-text"}, "toy-text are texts"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_words(digits, tmp_path, change, words):
+    given = {"model": str(digits), "data": "digits", "shares": {"macs": 0.6}, "out": tmp_path / "out", "quiet": True}
+    with pytest.raises(ValueError, match=words):
+        shrink(ShrinkOptions(**{**given, **change}))
