@@ -27,23 +27,33 @@ class GroupedMixer(Mixer):
         dim: channels.
         heads: query heads.
         kv_heads: key and value heads, half of `heads` by default.
+        head_dim: channels of a head, `dim / heads` by default.
 
     Raises:
-        ValueError: `heads` does not divide `dim`, or `kv_heads` is not in 1..heads.
+        ValueError: `heads` does not divide `dim` and no `head_dim` is given, or `kv_heads` is not in 1..heads.
     """
 
-    def __init__(self, dim: int, heads: int, kv_heads: int | None, *, qkv_bias: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None,
+        *,
+        qkv_bias: bool,
+        head_dim: int | None = None,
+        out_bias: bool = True,
+    ) -> None:
         super().__init__(dim)
-        if dim % heads:
+        if head_dim is None and dim % heads:
             raise ValueError(f"heads must divide dim; got heads={heads}, dim={dim}")
         groups = max(1, heads // 2) if kv_heads is None else kv_heads
         if not 1 <= groups <= heads:
             raise ValueError(f"kv_heads must be in 1..{heads} (heads), got {groups}")
         self.heads = heads
         self.kv_heads = groups
-        self.head_dim = dim // heads
+        self.head_dim = head_dim or dim // heads
         self.qkv = nn.Linear(dim, (heads + 2 * groups) * self.head_dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(heads * self.head_dim, dim, bias=out_bias)
 
     def project(self, x: Float[Tensor, "b n c"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `(b, heads, n, head_dim)`, keys and values `(b, kv_heads, n, head_dim)`."""
@@ -66,10 +76,12 @@ class GroupedQueryAttention(GroupedMixer):
         dim: channels.
         heads: query heads.
         kv_heads: key and value heads, half of `heads` by default.
+        head_dim: channels of a head, `dim / heads` by default.
+        qkv_bias: whether the input products add a bias; `out_bias` the output product.
         causal: attend only to earlier tokens and to itself.
 
     Raises:
-        ValueError: `heads` does not divide `dim`, or `kv_heads` does not divide `heads`.
+        ValueError: `heads` does not divide `dim` and no `head_dim` is given, or `kv_heads` does not divide `heads`.
     """
 
     def __init__(
@@ -78,10 +90,12 @@ class GroupedQueryAttention(GroupedMixer):
         *,
         heads: int = 8,
         kv_heads: int | None = None,
+        head_dim: int | None = None,
         qkv_bias: bool = True,
+        out_bias: bool = True,
         causal: bool = False,
     ) -> None:
-        super().__init__(dim, heads, kv_heads, qkv_bias=qkv_bias)
+        super().__init__(dim, heads, kv_heads, qkv_bias=qkv_bias, head_dim=head_dim, out_bias=out_bias)
         check_groups(heads, self.kv_heads)
         self.causal = causal
 

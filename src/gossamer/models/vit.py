@@ -58,7 +58,7 @@ def _convert(model: Any, state: State) -> State:
         prefix = model.stem.tokens.shape[1] if model.stem.position_tokens else 0
         side = round((table.shape[1] - prefix) ** 0.5)
         state["stem.positions"] = resize_positions(table, (side, side), model.stem.grid, prefix=prefix)
-    tokens = [state.pop(k) for k in ("stem.cls_token", "stem.dist_token") if k in state]
+    tokens = [state.pop(k) for k in ("stem.cls_token", "stem.dist_token", "stem.reg_token") if k in state]
     if tokens:
         state["stem.tokens"] = torch.cat(tokens, 1)
     return state
@@ -107,7 +107,7 @@ _DEIT3: dict[str, Any] = dict(layer_scale=1e-6, position_tokens=False)
     },
     rules=[
         (r"^patch_embed\.proj\.", "stem.embed.proj."),
-        (r"^(cls_token|dist_token)$", r"stem.\1"),
+        (r"^(cls_token|dist_token|reg_token)$", r"stem.\1"),
         (r"^pos_embed$", "stem.positions"),
         (r"\.attn\.", ".mixer."),
         (r"\.ls([12])\.gamma$", r".scale\1"),
@@ -128,11 +128,13 @@ def vit(
     in_chans: int = 3,
     num_classes: int = 1000,
     distilled: bool = False,
+    registers: int = 0,
     pad: bool = False,
     layer_scale: float | None = None,
     position_tokens: bool = True,
     drop: float = 0.0,
     drop_path: float = 0.0,
+    eps: float = 1e-6,
     norm: Callable[[int], nn.Module] | None = None,
     mixer: str | Sequence[str] = "attention",
     mixer_options: dict[str, Any] | None = None,
@@ -140,8 +142,9 @@ def vit(
     """A plain vision transformer.
 
     Args:
+        registers: learned tokens behind the class token that no head reads.
         pad: fill an image that `patch` does not divide up with zeros.
-        norm: factory of every norm, `LayerNorm` by default.
+        norm: factory of every norm, `LayerNorm` with `eps` by default.
         mixer: name of the mixer, or one name a layer for a hybrid.
         mixer_options: its keywords; `heads` is given to mixers that take it.
 
@@ -157,7 +160,7 @@ def vit(
     grid = (-(-height // patch), -(-width // patch))
     # Plain attention reads a sequence with its class token; any other mixer is given the map.
     flat = all(name == "attention" for name in names)
-    tokens = (1 + distilled) if flat else 0
+    tokens = (1 + distilled + registers) if flat else 0
     stem = TokenStem(
         (PaddedPatches if pad else PatchEmbed)(in_chans, dim, patch),
         dim,
@@ -167,7 +170,7 @@ def vit(
         drop=drop,
         flat=flat,
     )
-    norm = norm or partial(nn.LayerNorm, eps=1e-6)
+    norm = norm or partial(nn.LayerNorm, eps=eps)
     blocks = []
     for name, rate in zip(names, drop_path_rates(drop_path, depth), strict=True):
         options = dict(mixer_options or {})

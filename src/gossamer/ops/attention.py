@@ -100,9 +100,9 @@ def join_heads(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
     return x.transpose(1, 2).flatten(2)
 
 
-def causal_mask(n: int, m: int, device: torch.device | None = None) -> Bool[Tensor, "n m"]:
-    """True where query i (of `n`) may attend key j (of `m`): `j <= i + m - n`."""
-    return torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
+def causal_mask(n: int | Tensor, m: int | Tensor, device: torch.device | None = None) -> Bool[Tensor, "n m"]:
+    """True where query i (of `n`) may attend key j (of `m`): `j <= i + m - n`. The tracer's sizes are tensors."""
+    return torch.arange(m, device=device) <= torch.arange(n, device=device)[:, None] + (m - n)
 
 
 def _fold(q, k, v, mask, bias, causal, scale, temperature, sinks):
