@@ -164,7 +164,7 @@ class MergingBlock(ReducingBlock):
 
     def between(self, tokens: Tokens, seen: Seen) -> Tokens:
         x, mask, sizes = tokens
-        n = x.shape[1]
+        n = int(x.shape[1])  # tracers make tensors of shapes
         r = min(self.r * n // self.tokens, (n - self.protect) // 2)
         if r <= 0:
             return tokens

@@ -106,13 +106,14 @@ def merge(
 class Matching(NamedTuple):
     """Who goes into whom: positions of the tokens that stay, in their new order, and of those that go.
 
-    `into` is the place of the partner among those that stay. Padding is dropped, not merged: its `real` is False.
+    `into` is the place of the partner among those that stay. Padding is dropped, not merged: its `real` is False;
+    None where nothing is padding.
     """
 
     stay: Int[Tensor, "b m"]
     gone: Int[Tensor, "b r"]
     into: Int[Tensor, "b r"]
-    real: Bool[Tensor, "b r"]
+    real: Bool[Tensor, "b r"] | None
 
 
 def match(
@@ -139,28 +140,25 @@ def match(
     order = torch.cat((position[:protect], *(position[protect + (protect + turn) % 2 :: 2] for turn in (0, 1))))
     if not r:
         none = position[:0].expand(b, 0)
-        return Matching(order.expand(b, n), none, none, none.bool())
+        return Matching(order.expand(b, n), none, none, None)
     even, odd = position[::2], position[1::2]
     unit = torch.nn.functional.normalize(metric.detach(), dim=-1)
     barred = (even < protect)[:, None] | (odd < protect)
     if mask is not None:
         barred = barred | ~mask[:, ::2, None] | ~mask[:, None, 1::2]
-    best, partner = (unit[:, ::2] @ unit[:, 1::2].mT).masked_fill(barred, -2.0).max(-1)
-    # Scores of all positions by turns even and odd; odd ones never go, unless they are padding.
-    never = torch.full_like(best, -2.0)
-    leave = torch.stack((best, never), -1).flatten(1)[:, :n]
-    goal = torch.stack((2 * partner + 1, torch.zeros_like(partner)), -1).flatten(1)[:, :n]
+    best, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).masked_fill(barred, -2.0).max(-1)
+    # An odd position is given what its neighbour has, and never goes, unless it is padding.
+    leave, goal = (t[..., None].expand(-1, -1, 2).flatten(1)[:, :n] for t in (best, 2 * partner + 1))
+    leave = leave.masked_fill(position % 2 == 1, -2.0)
     if mask is not None:
         leave = torch.where(mask, leave, 2.0 + position.to(leave.dtype) / n)
-    # Protected ones do not even go where too few others can.
-    leave = leave.masked_fill(position < protect, -3.0)
-    ranked = leave.topk(n, dim=1).indices
+    ranked = leave.masked_fill(position < protect, -3.0).topk(n, dim=1).indices
     gone, stay = ranked[:, :r], ranked[:, r:]
     rank = torch.empty_like(order).scatter(0, order, position)
     stay = order[rank[stay].sort(dim=1).values]
-    places = position[: n - r].expand(b, -1)
-    place = torch.zeros_like(ranked).scatter(1, stay, places)
-    real = torch.ones_like(gone, dtype=torch.bool) if mask is None else mask.gather(1, gone)
+    # Only the places of those that stay are read. (A tracer takes `expand(b, -1)` for a constant.)
+    place = ranked.scatter(1, stay, stay * 0 + position[: n - r])
+    real = None if mask is None else mask.gather(1, gone)
     return Matching(stay, gone, place.gather(1, goal.gather(1, gone)), real)
 
 
@@ -173,8 +171,11 @@ def combine(
         moved: `size * x` of the tokens that go, where it was changed on the way.
     """
     weighted = x * size[..., None]
-    moved = (take(weighted, found.gone) if moved is None else moved) * found.real[..., None]
-    heavy = size.gather(1, found.stay).scatter_add(1, found.into, size.gather(1, found.gone) * found.real)
+    moved = take(weighted, found.gone) if moved is None else moved
+    lost = size.gather(1, found.gone)
+    if found.real is not None:
+        moved, lost = moved * found.real[..., None], lost * found.real
+    heavy = size.gather(1, found.stay).scatter_add(1, found.into, lost)
     total = take(weighted, found.stay).scatter_add(1, found.into[..., None].expand_as(moved), moved)
     return total / heavy[..., None], heavy
 
