@@ -2,7 +2,7 @@
 
 import pytest
 
-from gossamer.cli.units import parse_budget, parse_duration, parse_shape, short
+from gossamer.cli.units import parse_budget, parse_duration, parse_settings, parse_shape, parse_shares, short
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,17 @@ def test_numbers_are_shortened_to_three_digits() -> None:
     assert [short(n) for n in (None, 0, 12, 999, 1000, 999_999, 5_717_416, 17.58e9)] == [
         "-", "0", "12", "999", "1K", "1M", "5.72M", "17.6G",
     ]  # fmt: skip
+
+
+def test_settings_are_read_as_yaml_and_named_once():
+    assert parse_settings(["dim=64", "depths=[2, 2]", "pad=true"]) == {"dim": 64, "depths": [2, 2], "pad": True}
+    for words in (["dim"], ["dim=1", "dim=2"], ["a b=1"], ["dim=[1"]):
+        with pytest.raises(ValueError, match="--set"):
+            parse_settings(words)
+
+
+def test_shares_stand_beside_figures():
+    assert parse_shares("latency=70%, size=5MB") == ({"size": 5.0}, {"latency": pytest.approx(0.7)})
+    for text, words in (("latency=70%,latency=5ms", "twice"), ("speed=4%", "must name"), ("latency=x%", "latency=70%")):
+        with pytest.raises(ValueError, match=words):
+            parse_shares(text)

@@ -22,7 +22,7 @@ from gossamer.cli.options import (
     reader_options,
 )
 from gossamer.cli.show import print_json
-from gossamer.cli.units import parse_duration, short
+from gossamer.cli.units import parse_duration, parse_settings, short
 
 
 def command(
@@ -34,6 +34,10 @@ def command(
     time: Annotated[str | None, typer.Option(help="Stop after this long, like 20m.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", min=0.0)] = None,
     batch: Annotated[int | None, typer.Option(help="Batch size, all processes together.", min=1)] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A size of the model, like dim=64 or depths=[2,2]; repeat."),
+    ] = None,
     pretrain: Annotated[
         int, typer.Option(help="Images: passes over them without labels first, for a ViT with a class token.", min=0)
     ] = 0,
@@ -72,6 +76,7 @@ def command(
         batch_size=batch,
         seed=seed,
         options=options,
+        model_options=parse_settings(sizes or []),
         pretrain=pretrain,
         quiet=as_json,
     )

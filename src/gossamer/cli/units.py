@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
-__all__ = ["parse_budget", "parse_duration", "parse_positive", "parse_shape", "parse_shares", "short"]
+__all__ = ["parse_budget", "parse_duration", "parse_positive", "parse_settings", "parse_shape", "parse_shares", "short"]
 
 _BYTES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
@@ -91,6 +92,26 @@ def parse_shape(text: str) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"input must be positive sizes with x between them, like 3x224x224; got {text!r}")
     return tuple(int(part) for part in parts)
+
+
+def parse_settings(words: list[str]) -> dict[str, Any]:
+    """`["dim=64", "depths=[2,2]", "pad=true"]` -> `{"dim": 64, "depths": [2, 2], "pad": True}`: values as in YAML.
+
+    Raises:
+        ValueError: no `=`, a name twice, or a value that is not YAML.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            raise ValueError(f"--set must be NAME=VALUE, each name once, like dim=64; got {word!r}")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {name}: {value!r} is not a value") from error
+    return found
 
 
 def parse_positive(text: str, name: str) -> int:

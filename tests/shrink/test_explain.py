@@ -1,0 +1,53 @@
+"""`--explain` measures what it says, and never proposes what cannot work."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from gossamer.cli import app
+from gossamer.data import read_dataset
+from gossamer.io import write_json
+from gossamer.models import create_model
+from gossamer.models.folder import save
+from gossamer.shrink.explain import explain
+from gossamer.shrink.options import ShrinkOptions
+
+
+@pytest.fixture(scope="module")
+def advice(tmp_path_factory):
+    data = read_dataset("digits")
+    net = create_model("vit_tiny_patch16_224", patch=2, dim=64, depth=2, heads=4, **data.spec)
+    folder = save(net, tmp_path_factory.mktemp("model"))
+    write_json(folder / "task.json", {"task": data.task, "spec": data.spec, "meta": data.meta})
+    return folder, explain(ShrinkOptions(model=str(folder), data="digits", shares={"macs": 0.6}, quiet=True))
+
+
+def test_what_is_expected_was_measured_and_marks_what_is_enough(advice):
+    _, found = advice
+    rows = {row.technique: row for row in found.rows}
+    pruning = rows["head and neuron pruning by trajectories"]
+    assert pruning.verdict == "suits"
+    assert 0.4 < pruning.expected["macs"] < 0.7
+    assert pruning.enough == (pruning.expected["macs"] <= 0.6 * 1.02)
+    assert rows["int8, dynamic"].verdict == "does not suit"  # multiply-adds stay what they are
+    assert rows["Pre-LN to Pre-RMSNorm"].expected["macs"] <= 1
+    assert found.facts["tokens"] == 17
+    assert 0 < found.facts["attention_share"] < 0.5
+    assert found.facts["bound"] in ("products", "memory")
+
+
+def test_every_technique_has_a_verdict_and_a_reason(advice):
+    _, found = advice
+    assert len(found.rows) >= 50
+    assert all(row.reason for row in found.rows)
+    assert "only 17 tokens" in next(r.reason for r in found.rows if r.technique == "kernel attention")
+
+
+def test_the_command_prints_it(advice):
+    folder, _ = advice
+    call = ["shrink", str(folder), "--data", "digits", "--budget", "macs=60%", "--explain"]
+    answer = CliRunner().invoke(app, [*call, "--json"])
+    assert answer.exit_code == 0, answer.output
+    assert json.loads(answer.stdout)["facts"]["macs"] > 0
+    assert "suits:" in CliRunner().invoke(app, call).stdout
