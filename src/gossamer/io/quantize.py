@@ -6,6 +6,7 @@
 - "static": those and convolutions, with ranges from calibration data; a product gives floats, as its neighbours
   (norms, activations) want them, and a run of convolutions stays in integers, additions and pools included
 - "mixed": convolutions static, products dynamic, for networks that have both
+- tables that are looked up (words) become int8 with one scale a row, in every form
 - products of two activations (attention) stay in floats: they are short of work and lose most
 
 Whether it pays is for the caller to measure: narrow layers can be slower than in floats.
@@ -27,6 +28,7 @@ from .onnx import onnx_session
 
 Batch = Mapping[str, np.ndarray]
 
+LEAST_TABLE = 2**14  # entries of a table that is worth shortening
 _PRODUCTS = ("MatMul", "Gemm")
 # Operations that have an integer form and join a run of convolutions.
 _CONVOLUTION_RUN = ("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool")
@@ -169,6 +171,48 @@ def _write(
                 # A Gemm is taken apart first, and its product named so.
                 nodes_to_quantize=dynamic + [name + "_MatMul" for name in dynamic],
             )
+        _shorten_tables(temporary)
+
+
+def _shorten_tables(path: Path) -> None:
+    """Tables that are only looked up (words), one scale a row: `row = scale_i * int8_i`. A quarter of the size."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(path)
+    graph = model.graph
+    tables = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    nodes = []
+    for node in graph.node:
+        table = tables.get(node.input[0]) if node.op_type == "Gather" else None
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        if table is None or axis or len(table.dims) != 2 or len(readers[table.name]) > 1:
+            nodes.append(node)
+            continue
+        values = numpy_helper.to_array(table)
+        if values.size < LEAST_TABLE:
+            nodes.append(node)
+            continue
+        scale = np.maximum(np.abs(values).max(1, keepdims=True), 1e-12) / 127
+        name = table.name
+        graph.initializer.remove(table)
+        graph.initializer.append(numpy_helper.from_array(np.round(values / scale).astype(np.int8), f"{name}_int8"))
+        graph.initializer.append(numpy_helper.from_array(scale.astype(np.float32), f"{name}_scale"))
+        inner, gain, rows = (f"{node.output[0]}_{part}" for part in ("int8", "scale", "rows"))
+        nodes += [
+            helper.make_node("Gather", [f"{name}_int8", node.input[1]], [inner], axis=0),
+            helper.make_node("Gather", [f"{name}_scale", node.input[1]], [gain], axis=0),
+            helper.make_node("Cast", [inner], [rows], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Mul", [rows, gain], list(node.output)),
+        ]
+    if len(nodes) > len(graph.node):
+        del graph.node[:]
+        graph.node.extend(nodes)
+        onnx.save(model, path)
 
 
 def _layers(path: Path) -> dict[str, str]:

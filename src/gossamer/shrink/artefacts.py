@@ -80,7 +80,7 @@ class Workshop:
     def export(self, name: str, form: str, model: nn.Module) -> Point:
         """The model as a float file, certified on real inputs."""
         self.tell(f"exporting {name} ({form})")
-        stem = f"{name}-{form.replace(' ', '-')}"
+        stem = f"{name}-{form}".replace(" ", "-")
         path = self.folder / f"{stem}.onnx"
         real, _ = self.task.batch(self.data.val, torch.arange(min(8, len(self.data.val))), train=False)
         names = [f"input_{i}" for i in range(len(self.one))]
@@ -113,7 +113,7 @@ class Workshop:
         """
         self.tell(f"quantising {base.name}")
         source = Path(base.file)
-        path = source.with_name(f"{base.name}-{form.replace(' ', '-')}.onnx")
+        path = source.with_name(f"{base.name}-{form}.onnx".replace(" ", "-"))
         index = torch.linspace(0, len(self.data.train) - 1, min(CALIBRATION, len(self.data.train))).long()
         batches = [self.task.batch(self.data.train, part, train=False)[0] for part in index.split(32)]
         feeds = list(calibration_feeds(source, batches))
