@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-TASKS = ("image-classification", "text-classification", "sentence-similarity", "forecasting")
+TASKS = ("image-classification", "text-classification", "sentence-similarity", "language-modelling", "forecasting")
 
 
 class DataError(ValueError):
@@ -27,7 +27,8 @@ class Split:
 
     Args:
         inputs: images `uint8 (n, c, h, w)`; text `int64 (n, len)`; series `int64 (n,)`, the window start rows.
-        targets: class numbers `(n,)`; for series the first row to forecast `(n,)`.
+        targets: class numbers `(n,)`; for series the first row to forecast `(n,)`; for language models the next tokens
+            `(n, len)`.
         names: where each item came from (file, text), for the report.
         shared: tensors every item reads from; for series the standardised values and the calendar marks.
     """

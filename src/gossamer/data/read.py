@@ -1,7 +1,8 @@
 """`read_dataset`: whatever the user points at, as a `Dataset`.
 
 - a folder, an archive, a table file, a Hub name, or a built-in
-- the task is seen from the data: class folders of images; a text and a label column; a time and numeric columns
+- the task is seen from the data: class folders of images; a text and a label column; a time and numeric columns;
+  plain text
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gossamer.data.splits import SPLIT_NAMES
 from gossamer.data.tables import TABLES, Table, read_table
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jfif")
+TEXT = ".txt"
 
 
 def read_dataset(source: str | Path, *, task: str | None = None, seed: int = 0, **options: Any) -> Dataset:
@@ -27,14 +29,15 @@ def read_dataset(source: str | Path, *, task: str | None = None, seed: int = 0, 
 
     Args:
         source: a folder or archive of images in class folders, with or without train, val and test folders; a CSV,
-            TSV, Parquet or JSON-lines file, or a folder with train, dev and test files of these kinds; `owner/name` on
-            the Hugging Face Hub (`hub:owner/name` where a folder of that name exists); or a built-in: `digits`,
-            `toy-images`, `toy-text`, `toy-series`.
+            TSV, Parquet or JSON-lines file, a plain text (.txt), or a folder with train, dev and test files of these
+            kinds; `owner/name` on the Hugging Face Hub (`hub:owner/name` where a folder of that name exists); or a
+            built-in: `digits`, `toy-images`, `toy-text`, `toy-series`.
         task: `image-classification`, `text-classification`, `sentence-similarity` or `forecasting`; by default seen
             from the data.
         seed: of the splits we make.
         options: of tables `encoding, header`; of images `image_size, flip`; of text `text, label, tokenizer,
-            vocab_size, max_len`; of series `time, target, features, lookback, horizon`; of Hub names `config`.
+            vocab_size, max_len` (of plain text without the first two); of series `time, target, features, lookback,
+            horizon`; of Hub names `config`.
 
     Raises:
         DataError: the data cannot be used; the message names file, row and column, and what to do.
@@ -65,10 +68,12 @@ def read_dataset(source: str | Path, *, task: str | None = None, seed: int = 0, 
         raise DataError(f"{path}: the file is empty")
     if is_archive(path):
         return finish(read_tree(archive_tree(path), path, task, seed, options), name)
+    if path.suffix.lower() == TEXT:
+        return finish(read_texts({"train": [path]}, task, seed, options), name)
     if path.suffix.lower() not in TABLES:
         raise DataError(
-            f"{path}: unknown extension {path.suffix!r}; tables are {', '.join(TABLES)}, archives .zip, .tar, .tar.gz, "
-            ".tgz, .tar.xz; images belong in class folders"
+            f"{path}: unknown extension {path.suffix!r}; tables are {', '.join(TABLES)}, text is .txt, archives .zip, "
+            ".tar, .tar.gz, .tgz, .tar.xz; images belong in class folders"
         )
     return finish(read_tables({"train": [path]}, task, seed, options), name)
 
@@ -79,7 +84,7 @@ def finish(dataset: Dataset, source: str) -> Dataset:
 
 
 def is_known_file(path: Path) -> bool:
-    return is_archive(path) or path.suffix.lower() in TABLES
+    return is_archive(path) or path.suffix.lower() in (*TABLES, TEXT)
 
 
 def allowed(build: Callable[..., Any], task: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def allowed(build: Callable[..., Any], task: str, options: dict[str, Any]) -> di
     known = set(inspect.signature(build).parameters)
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(build).parameters.values()):
         known |= set(options)
-    known -= {"seed", "tables", "items", "folders", "where", "problems"}
+    known -= {"seed", "tables", "texts", "items", "folders", "where", "problems"}
     if strange := sorted(set(options) - known):
         raise ValueError(f"{task} has no option {strange[0]!r}; its options are {', '.join(sorted(known))}")
     return options
@@ -116,6 +121,9 @@ def read_tree(tree: Tree, source: Path, task: str | None, seed: int, options: di
             f"{source}: holds {len(images)} images and the tables {listing([f.parts[-1] for f in tables])}; say "
             "--task image-classification, text-classification or forecasting"
         )
+    texts = [f for f in tree.files if f.ending == TEXT]
+    if task == "language-modelling" or (task is None and texts and not images and not tables):
+        return read_texts(text_files(tree, source, texts), task, seed, options)
     if task == "image-classification" or (task is None and images):
         return read_images(tree, source, seed, options)
     if tables:
@@ -190,6 +198,32 @@ def table_files(root: Path, source: Path, tables: list[File]) -> dict[str, list[
         names = listing([f.parts[-1] for f in tables])
         raise DataError(f"{source}: holds the tables {names}; name one train (and dev, test), or give one file")
     return {split: [root / f.parts[-1] for f in files] for split, files in found.items()}
+
+
+def text_files(tree: Tree, source: Path, texts: list[File]) -> dict[str, list[Path]]:
+    """Text files of a folder, by the split their name tells; all of them for training where no name does."""
+    if not texts:
+        raise DataError(f"{source}: no .txt files found")
+    root = tree.root
+    if root is None:  # inside an archive: files are wanted
+        root = top(folder_tree(extracted(source))).root
+    assert root is not None
+    found = by_split(texts) or {"train": texts}
+    return {split: [root.joinpath(*f.parts) for f in files] for split, files in found.items()}
+
+
+def read_texts(paths: dict[str, list[Path]], task: str | None, seed: int, options: dict[str, Any]) -> Dataset:
+    """Plain text."""
+    from gossamer.data.language import language_dataset
+    from gossamer.data.tables import read_text
+
+    if task not in (None, "language-modelling"):
+        raise DataError(f"{paths['train'][0]}: plain text is for language-modelling, not for {task}")
+    rest = dict(options)
+    encoding = rest.pop("encoding", None)
+    build = allowed(language_dataset, "language-modelling", rest)
+    texts = {split: [read_text(path, encoding) for path in files] for split, files in paths.items()}
+    return language_dataset(texts, seed=seed, **build)
 
 
 def read_tables(paths: dict[str, list[Path]], task: str | None, seed: int, options: dict[str, Any]) -> Dataset:

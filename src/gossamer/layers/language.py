@@ -64,6 +64,8 @@ class RMSNorm(nn.RMSNorm):
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
     """
 
+    eps: Any
+
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
         if not torch.jit.is_tracing():
             return super().forward(x)

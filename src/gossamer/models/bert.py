@@ -8,6 +8,7 @@ Sanh et al. 2019, "DistilBERT"; Wang et al. 2020, "MiniLM"; Reimers and Gurevych
 - weights come from Hugging Face folders (`gossamer.models.transformers`)
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -21,7 +22,7 @@ from gossamer.mixers import create_mixer
 from gossamer.models.registry import register_system
 from gossamer.trunks import Isotropic
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,

@@ -102,7 +102,8 @@ def join_heads(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
 
 def causal_mask(n: int | Tensor, m: int | Tensor, device: torch.device | None = None) -> Bool[Tensor, "n m"]:
     """True where query i (of `n`) may attend key j (of `m`): `j <= i + m - n`. The tracer's sizes are tensors."""
-    return torch.arange(m, device=device) <= torch.arange(n, device=device)[:, None] + (m - n)
+    rows: Tensor = torch.arange(n, device=device)  # type: ignore[arg-type]
+    return torch.arange(m, device=device) <= rows[:, None] + (m - n)  # type: ignore[arg-type]
 
 
 def _fold(q, k, v, mask, bias, causal, scale, temperature, sinks):

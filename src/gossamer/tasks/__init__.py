@@ -12,6 +12,7 @@ _TASKS = {
     "image-classification": ("gossamer.tasks.image_classification", "ImageClassification"),
     "text-classification": ("gossamer.tasks.text_classification", "TextClassification"),
     "sentence-similarity": ("gossamer.tasks.sentence_similarity", "SentenceSimilarity"),
+    "language-modelling": ("gossamer.tasks.language_modelling", "LanguageModelling"),
     "forecasting": ("gossamer.tasks.forecasting", "Forecasting"),
 }
 

@@ -74,6 +74,15 @@ class Task(ABC):
         """How far the answers of `student` are from its teacher's: the mean squared difference, if not overridden."""
         return F.mse_loss(student, teacher)
 
+    def reduce(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What `metrics`, `details` and `figures` need of a batch, first axis kept: all of it, if not overridden."""
+        return output, target
+
+    @property
+    def most_at_once(self) -> int:
+        """Samples whose answers memory holds together."""
+        return 1 << 20
+
     def example(self, split: Split, count: int = 1) -> tuple[Tensor, ...]:
         """Model inputs of `count` samples as an exported model is given them; costs are measured on one."""
         return self.batch(split, torch.arange(min(count, len(split))))[0]

@@ -248,7 +248,10 @@ class Trainer:
 def model_outputs(
     model: nn.Module, task: Task, split: Split, *, limit: int | None = None, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Answers of `model` in eval mode and targets over `split`, on the CPU; evenly spaced items if above `limit`."""
+    """Answers of `model` in eval mode and targets over `split`, on the CPU; evenly spaced items if above `limit`.
+
+    Both are reduced batch by batch as the task says.
+    """
     count = len(split)
     index = torch.arange(count)
     if limit is not None and count > limit:
@@ -257,9 +260,10 @@ def model_outputs(
     was_training = model.training
     model.eval()
     answers, targets = [], []
-    for part in index.split(batch_size):
+    for part in index.split(min(batch_size, task.most_at_once)):
         inputs, target = task.batch(split, part, train=False)
-        answers.append(model(*(x.to(device) for x in inputs)).float().cpu())
+        output, target = task.reduce(model(*(x.to(device) for x in inputs)).float().cpu(), target)
+        answers.append(output)
         targets.append(target)
     model.train(was_training)
     return torch.cat(answers), torch.cat(targets)
