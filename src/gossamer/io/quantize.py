@@ -202,7 +202,7 @@ def _shorten_tables(path: Path) -> None:
         graph.initializer.remove(table)
         graph.initializer.append(numpy_helper.from_array(np.round(values / scale).astype(np.int8), f"{name}_int8"))
         graph.initializer.append(numpy_helper.from_array(scale.astype(np.float32), f"{name}_scale"))
-        inner, gain, rows = (f"{node.output[0]}_{part}" for part in ("int8", "scale", "rows"))
+        inner, gain, rows = (f"{node.output[0]}_{part}" for part in ("row_int8", "row_scale", "row_float"))
         nodes += [
             helper.make_node("Gather", [f"{name}_int8", node.input[1]], [inner], axis=0),
             helper.make_node("Gather", [f"{name}_scale", node.input[1]], [gain], axis=0),
