@@ -231,6 +231,25 @@ def test_the_pass_works_for_images_and_two_heads():
     assert expected_cost(small, [x for x, _ in calibration.batches(64)]).share <= 0.5
 
 
+def test_sentences_that_leave_at_different_layers_are_trained_to_be_compared():
+    model = with_exits(toys.encoder(depth=DEPTH, num_classes=0), 2.0)
+    ids, _ = toys.sentences(6, 0)
+    with torch.no_grad():
+        states = stack_of(model).states(*model.stem(ids)[:1], mask=ids != 0)
+        vectors = torch.stack([model.head(state, ids != 0) for state in states])
+    seen = []
+
+    def loss(answer, target):
+        seen.append(answer.detach())
+        return answer.sum()
+
+    layerwise_loss(model, (ids,), torch.zeros(3), loss, mixed=True)
+    torch.testing.assert_close(torch.stack(seen[:DEPTH]), vectors)
+    assert len(seen) == 2 * DEPTH
+    layers = [[bool(torch.allclose(seen[-1][i], v[i], atol=1e-6)) for v in vectors].index(True) for i in range(6)]
+    assert len(set(layers)) > 1
+
+
 def test_the_threshold_is_the_largest_that_keeps_the_share():
     model, x = models()["decoder"]
     for kind in ("decoder", "text", "image"):

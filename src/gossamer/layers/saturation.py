@@ -1,7 +1,7 @@
 """Layers that stop when they change little: early exit by the likeness of a layer's input and output.
 
 Source: Tang et al. 2022, "You Need Multiple Exiting: Dynamic Early Exiting for Accelerating Unified Vision Language
-Model" (MuE), sections 3.2 (saturation), 3.3 (decoder states of skipped layers) and 3.4 (layer-wise loss).
+Model" (MuE).
 
 - `s_l = cos(x_l, x_{l-1})`; what saturates, `s_l > threshold`, leaves with `x_l`, and the layers behind are not run
 - encoders: one likeness a sample, over all channels of its valid tokens; samples that have left no longer cost anything

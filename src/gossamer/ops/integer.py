@@ -29,7 +29,6 @@ NARROW, WIDE = 31, 46
 """Bits of a reciprocal: the papers', and those of int64."""
 SOFTMAX_BITS, GELU_BITS = 15, 23
 """Octaves below the largest entry at which an exponential ends: the papers' `n`."""
-_MOST = 2**62
 
 
 # --- scales -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ Model".
 
 - the layer-wise loss makes the output of every layer readable by the one norm and head; no parameters are added
 - the threshold is the largest that leaves the share `keep` of the layers on calibration data; the paper sweeps it
+- ours: sentences that are compared may leave at different layers, so their loss is also taken with each at a layer
+  drawn by chance (for losses of single samples that is the layer-wise loss itself)
 - encoders leave by sample, decoders by token (`gossamer.layers.saturation`)
 - the authors' own code is not public; their model has two modalities in one encoder, which exit apart: here each
   model has one, and two stacks over the same blocks are that case
@@ -29,6 +31,7 @@ from gossamer.layers.saturation import Saturation, check_copies, check_threshold
 from gossamer.measure import macs
 from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
 from gossamer.shrink.recipe import register_step
+from gossamer.tasks.base import Task
 from gossamer.trunks import Isotropic
 
 # A cosine above every other: nothing leaves.
@@ -92,13 +95,24 @@ def expected_cost(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> Ex
     return Expected(layers, share, counted.total - (1 - share) * within, counted.total)
 
 
-def layerwise_loss(model: Any, inputs: tuple[Tensor, ...], target: Tensor, loss: Any) -> Float[Tensor, ""]:
-    """`mean_l loss(head(norm(x_l)), target)` over all layers, the last one included."""
+def layerwise_loss(
+    model: Any, inputs: tuple[Tensor, ...], target: Tensor, loss: Any, *, mixed: bool = False
+) -> Float[Tensor, ""]:
+    """`mean_l loss(head(norm(x_l)), target)` over all layers, the last one included.
+
+    Args:
+        mixed: add as much of the loss with each sample at a layer drawn by chance, for losses that compare samples.
+    """
     model = getattr(model, "module", model)
     x, mask = model.stem(*inputs)
     norm = model.norm or nn.Identity()
+    states = stack_of(model).states(x, mask=mask)
+    if mixed:
+        drawn = torch.randint(len(states), (len(x),), device=x.device)
+        one_each = torch.stack(states)[drawn, torch.arange(len(x), device=x.device)]
+        states = [*states, *[one_each] * len(states)]
     losses = []
-    for state in stack_of(model).states(x, mask=mask):
+    for state in states:
         answer = model.head(norm(state), mask)
         # A distilled model has two answers while it trains.
         losses += [loss(a.float(), target) for a in (answer if isinstance(answer, tuple) else (answer,))]
@@ -137,7 +151,7 @@ def mue(
     _exits(model, step)
     stack = stack_of(model)
     if steps > 0 and calibration.seconds > 0:
-        trainer = calibration.trainer(model, objective=_Objective(calibration.task.loss), lr=lr, ema=0.0)
+        trainer = calibration.trainer(model, objective=_Objective(calibration.task), lr=lr, ema=0.0)
         trainer.train(steps=steps, seconds=0.7 * calibration.seconds, schedule="linear")
     model.eval()
     if threshold is None:
@@ -206,11 +220,14 @@ def _valid_depths(model: Any, x: Tensor, stack: Saturation) -> Tensor:
 
 
 class _Objective:
-    def __init__(self, loss: Any) -> None:
-        self.loss = loss
+    """The layer-wise loss of a task."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
 
     def __call__(self, model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
-        return layerwise_loss(model, inputs, target, self.loss)
+        # The two sentences of a pair may leave at different layers, and are compared all the same.
+        return layerwise_loss(model, inputs, target, self.task.loss, mixed=self.task.name == "sentence-similarity")
 
 
 def _check(model: nn.Module) -> None:
