@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gossamer import __version__
@@ -194,6 +195,35 @@ def choose(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> l
         chosen.append(int(option[at]))
         at = int(before[at])
     return chosen[::-1]
+
+
+def fit_widths(
+    ranks: Mapping[Member, Int[Tensor, " n"]],
+    worth: Mapping[Member, Float[Tensor, " n"]],
+    stairs: Mapping[Member, Staircase],
+    keep: float,
+) -> dict[Member, Float[Tensor, " n"]]:
+    """Masks of the widths worth most among the steps of all parts, within the share `keep` of their latency together.
+
+    Args:
+        ranks: members of each part, the best first.
+        worth: at `w - 1`, what it is worth to keep the best `w`.
+
+    Raises:
+        ValueError: `keep` is below what the narrowest steps take.
+    """
+    steps = {member: stairs[member].steps() for member in ranks}
+    total = sum(stairs[member](len(rank)) for member, rank in ranks.items())
+    least = sum(of[0][1] for of in steps.values())
+    if least > keep * total:
+        raise ValueError(
+            f"keep must be at least {least / total:.3f}, the narrowest parts' share of latency; got {keep}"
+        )
+    options = [[(ms, float(worth[member][width - 1])) for width, ms in steps[member]] for member in ranks]
+    masks = {}
+    for (member, rank), pick in zip(ranks.items(), choose(options, keep * total), strict=True):
+        masks[member] = torch.zeros(len(rank)).index_fill_(0, rank[: steps[member][pick][0]].cpu(), 1.0)
+    return masks
 
 
 def _cut(part: nn.Module, axis: str, index: Sequence[int]) -> nn.Module:
