@@ -84,7 +84,8 @@ def keep_best(tokens: Tokens, scores: Tensor, protect: int, count: Callable[[Any
     """`protect` tokens in front and those of the best `scores (b, n - protect)`, in their old order."""
     x, mask, sizes = tokens
     index, real = best(scores, None if mask is None else mask[:, protect:], count)
-    index = torch.cat((torch.arange(protect, device=x.device).expand(len(x), -1), index + protect), 1)
+    front = index[:, :1] * 0 + torch.arange(protect, device=x.device)  # of as many samples, traced too
+    index = torch.cat((front, index + protect), 1)
     if mask is not None and real is not None:
         mask = torch.cat((mask[:, :protect], real), 1)
     return Tokens(ops.take(x, index), mask, None if sizes is None else sizes.gather(1, index))

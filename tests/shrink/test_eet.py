@@ -1,0 +1,295 @@
+"""Content-based token pruning, its guidance by a teacher, and the codes of the retrieval it was made for."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer.io import export_onnx
+from gossamer.layers import Block, Mlp
+from gossamer.layers.class_attention import ContentBlock, Heads, attend, content_map
+from gossamer.measure import macs
+from gossamer.mixers import create_mixer
+from gossamer.models import create_model, load_official
+from gossamer.ops.hashing import discrete_codes, hamming, mean_average_precision, signs
+from gossamer.shrink import recipe
+from gossamer.shrink.base import Unsupported, run_pass
+from gossamer.shrink.passes.eet import HashHead, erase, last_map, shares
+from official import golden, probe, seeded_input, seeded_state
+from shrink.loading import same_after_loading
+from shrink.toys import digits, encoder, learned, sentences, texts, vision
+
+PAPER = [1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.5, 1.0, 0.25, 1.0, 1.0]
+
+
+def lengths(model, *inputs):
+    """Tokens that come into each block."""
+    seen = []
+    hooks = [b.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])) for b in model.blocks]
+    with torch.no_grad():
+        model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-4)])
+def test_importance_and_answers_equal_the_authors(dtype, tolerance):
+    saved = golden("eet")
+    net = create_model("vit_tiny_patch16_224", dim=24, heads=3, mlp_ratio=2.0, num_classes=5)
+    state = seeded_state(saved["shapes"], dtype)
+    hash_ = {n: state.pop(f"head_hash.{n}") for n in ("weight", "bias")}
+    load_official(net, state).to(dtype).eval()
+    recipe.apply(net, {"step": "eet", "keep": PAPER, "protect": 1})
+    net.head = HashHead(net.head, 5, 8).to(dtype)
+    net.head.fc.load_state_dict(hash_)
+    x = seeded_input("eet", (2, 3, 224, 224)).to(dtype)
+    maps = []
+    for i in (0, 3):
+        block = net.blocks[i]
+        block.register_forward_pre_hook(
+            lambda m, a: maps.append(content_map(attend(getattr(m, "block", m), a[0], None, None)[1])[:, 1:])
+        )
+    y, h = net(x)
+    probe(y, h).backward()
+    near = {"atol": tolerance, "rtol": 10 * tolerance}
+    for ours, theirs in zip(maps, (saved["map0"], saved["map3"]), strict=True):
+        torch.testing.assert_close(ours, theirs.to(dtype), **near)
+    torch.testing.assert_close(y, saved["logits"].to(dtype), **near)
+    torch.testing.assert_close(h, saved["hash"].to(dtype), **near)
+    torch.testing.assert_close(net.blocks[2].mixer.qkv.weight.grad, saved["qkv"].to(dtype), **near)
+    torch.testing.assert_close(net.stem.tokens.grad, saved["cls"].to(dtype), **near)
+
+
+def test_the_papers_places_leave_197_99_50_and_13_tokens_and_2_53_gmacs():
+    net = create_model("vit_small_patch16_224").to("meta")
+    recipe.apply(net, {"step": "eet", "keep": PAPER, "protect": 1})
+    x = torch.empty(1, 3, 224, 224, device="meta")
+    assert lengths(net, x) == [197] * 4 + [99] * 4 + [50] * 2 + [13] * 2
+    counted = macs(net, x).total
+    formula = sum(12 * n * 384**2 + 2 * n * n * 384 for n in lengths(net, x)) + 196 * 768 * 384 + 384 * 1000
+    assert counted == pytest.approx(formula, rel=0.01)
+    assert counted == pytest.approx(2.53e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("depth", "keep"), [(12, 0.55), (12, 0.8), (6, 0.6), (2, 0.7), (24, 0.5)])
+def test_the_share_of_all_tokens_is_what_was_asked_for(depth, keep):
+    left, now, total = shares(depth, keep), 1.0, 0.0
+    for share in left:
+        total += now
+        now *= share
+    assert total / depth == pytest.approx(keep, abs=1e-3)
+    if depth == 12:
+        assert [i for i, share in enumerate(left) if share < 1] == [3, 7, 9]
+    assert shares(depth, 1.0) == [1.0] * depth
+
+
+def block(keep=1.0, residual="pre", protect=1, dim=16):
+    torch.manual_seed(0)
+    made = Block(dim, create_mixer("attention", dim, heads=4), Mlp(dim, 32), residual=residual)
+    for p in made.parameters():
+        nn.init.normal_(p, std=0.3)
+    return ContentBlock(made, keep, protect=protect).eval()
+
+
+def naive_map(inner, x):
+    """One sample, one head, one token after the other."""
+    read = inner.norm1(x) if inner.residual in ("pre", "stream") else x
+    q, k, v = (t[0] for t in inner.mixer.project(read))
+    weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+    outputs = weights @ v
+    importance = []
+    for i in range(x.shape[1]):
+        norms = [float(outputs[h, i].norm()) for h in range(len(q))]
+        importance.append(sum(n / (sum(norms) + 1e-8) * float(weights[h, 0, i]) for h, n in enumerate(norms)))
+    return torch.tensor(importance)
+
+
+@pytest.mark.parametrize("residual", ["pre", "post", "stream"])
+def test_a_block_keeps_the_tokens_of_highest_importance_in_their_order(residual):
+    pruned, x = block(0.5, residual), torch.randn(1, 12, 16)
+    with torch.no_grad():
+        y, mask, sizes = pruned(x)
+        assert (mask, sizes) == (None, None)
+        m = naive_map(pruned.block, x)
+        best = sorted(range(1, 12), key=lambda i: -float(m[i]))[:5]
+        torch.testing.assert_close(y, pruned.block(x)[:, [0, *sorted(best)]], atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_the_heads_sum_to_one_and_loud_tokens_are_heard():
+    outputs = torch.randn(2, 3, 7, 4)
+    ones = content_map(Heads(torch.ones(2, 3, 7), outputs))
+    torch.testing.assert_close(ones, torch.ones(2, 7))
+    # All heads look at all tokens alike but one, which looks at token 4 and has the most to say there.
+    row = torch.full((1, 3, 7), 1 / 7)
+    row[0, 0] = torch.eye(7)[4]
+    outputs = torch.ones(1, 3, 7, 4)
+    outputs[0, 0, 4] *= 50
+    assert int(content_map(Heads(row, outputs)).argmax()) == 4
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.34])
+def test_a_model_that_masks_what_leaves_equals_the_one_that_gathers(keep):
+    pruned, behind, x = block(keep, "post"), block(1.0, "post"), torch.randn(3, 13, 16)
+    with torch.no_grad():
+        y, _, _ = behind(pruned(x)[0])
+        m = content_map(attend(pruned.block, x, None, None)[1])[:, 1:]
+        kept = torch.zeros(3, 13, dtype=torch.bool)
+        kept[:, 0] = True
+        kept.scatter_(1, 1 + m.topk(int(keep * 12), dim=1).indices, True)
+        masked = behind(pruned.block(x), mask=kept)[0]
+        torch.testing.assert_close(y, masked[kept].view_as(y), atol=1e-5, rtol=1e-5)
+
+
+def test_a_padded_batch_equals_each_sample_alone():
+    pruned, x = block(0.5, "post"), torch.randn(3, 12, 16)
+    mask = torch.arange(12) < torch.tensor([[12], [8], [2]])
+    y, left, _ = pruned(x, mask=mask)
+    for i, n in enumerate((12, 8, 2)):
+        alone, _, _ = pruned(x[i : i + 1, :n])
+        torch.testing.assert_close(y[i][left[i]], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_exactly_the_wanted_cells_are_erased():
+    images = torch.randn(2, 3, 224, 224)
+    cells = torch.tensor([[0, 15, 195, 13], [1, 2, 3, 28]])
+    for official in (False, True):
+        erased = erase(images, cells, (14, 14), official=official)
+        want = images.clone()
+        for i, row in enumerate(cells.tolist()):
+            for cell in row:
+                r, c = (cell % 14, cell // 14) if official else (cell // 14, cell % 14)
+                want[i, :, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16] = 0
+        assert torch.equal(erased, want)
+        assert int((erased == 0).sum()) == 2 * 3 * 4 * 256
+    with pytest.raises(ValueError, match="cells must be in"):
+        erase(images, torch.tensor([[196], [0]]), (14, 14))
+
+
+def test_the_teachers_map_is_that_of_its_last_block_and_its_answer_its_own():
+    net, x = vision(depth=3).eval(), torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        answer, seen = last_map(net, x)
+        torch.testing.assert_close(answer, net(x))
+        tokens = net.blocks[1](net.blocks[0](net.stem(x)[0]))
+        torch.testing.assert_close(seen[0], naive_map(net.blocks[2], tokens[:1]), atol=1e-5, rtol=1e-5)
+
+
+# ---- codes -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_objective_of_the_codes_falls_and_classes_stay_together():
+    labels = torch.arange(60) % 6
+    codes, losses = discrete_codes(labels, 6, 16, generator=torch.Generator().manual_seed(0))
+    assert set(codes.unique().tolist()) == {-1.0, 1.0}
+    assert all(after <= before + 1e-6 for before, after in pairwise(losses))
+    assert losses[-1] < losses[0]
+    distances, same = hamming(codes, codes), labels[:, None] == labels
+    assert distances[same].mean() < distances[~same].mean() - 1
+    assert float(distances.diagonal().max()) == 0
+
+
+def test_precision_is_one_for_perfect_codes_and_the_prior_for_random_ones():
+    labels = torch.arange(400) % 4
+    perfect = signs(torch.randn(4, 12))[labels]
+    same = labels[:, None] == labels
+    assert mean_average_precision(hamming(perfect, perfect), same) == pytest.approx(1.0)
+    random = signs(torch.randn(400, 64))
+    others = ~torch.eye(400, dtype=torch.bool)
+    score = mean_average_precision(hamming(random, random) + 99 * ~others, same & others)
+    assert score == pytest.approx(0.25, abs=0.04)
+    ranking = mean_average_precision(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[True, False, True]]))
+    assert ranking == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_a_hashing_head_learns_codes_that_retrieve():
+    calibration = digits()
+    net = recipe.apply(vision(), {"step": "eet", "keep": [0.5, 1.0], "protect": 1})
+    net.head = HashHead(net.head, 10, 16)
+    train, test = calibration.data.train, calibration.data.test
+    codes = discrete_codes(train.targets, 10, 16, generator=torch.Generator().manual_seed(0)).codes
+    by_class = signs(torch.stack([codes[train.targets == k].mean(0) for k in range(10)]))
+
+    @torch.no_grad()
+    def precision():
+        queries = signs(net.eval()(*calibration.task.batch(test, torch.arange(200))[0])[1])
+        return mean_average_precision(hamming(queries, codes), test.targets[:200, None] == train.targets)
+
+    def loss(model, inputs, target):
+        y, h = model(*inputs)
+        return 0.1 * nn.functional.cross_entropy(y, target) + nn.functional.mse_loss(h, by_class[target])
+
+    before = precision()
+    calibration.trainer(net, objective=loss, lr=3e-3, ema=0.0).train(steps=150, schedule="linear")
+    assert precision() > before + 0.2
+
+
+# ---- the pass --------------------------------------------------------------------------------------------------------
+
+
+def test_a_vision_model_shrinks_and_answers_the_same_from_disk_and_from_onnx(tmp_path):
+    calibration = digits()
+    net = learned(vision(depth=4), calibration, steps=100)
+    shrunk, (step,) = run_pass("eet", net, calibration, keep=0.6, hidden=1, steps=80, lr=3e-3)
+    assert step["protect"] == 1
+    x = calibration.example(5)
+    come = lengths(shrunk, *x)
+    assert sum(come) / (4 * 17) == pytest.approx(0.6, abs=0.06)
+    assert macs(shrunk, x).total < 0.68 * macs(net, x).total
+    assert calibration.score(shrunk) > calibration.score(net) - 0.08
+    same_after_loading(shrunk, x, tmp_path)
+    made = export_onnx(shrunk, x, tmp_path / "m.onnx", dynamic="batch", exporter="fast")
+    assert (made.passed, made.held, made.exporter) == (True, "batch", "fast"), made.reason
+
+
+def test_a_text_encoder_with_padding_shrinks_and_exports(tmp_path):
+    calibration = texts()
+    net = learned(encoder(), calibration, steps=80)
+    shrunk, _ = run_pass("eet", net, calibration, keep=0.8, steps=40, lr=1e-3)
+    assert calibration.score(shrunk) > calibration.score(net) - 0.1
+    ids = sentences(4, 5)[0]
+    same_after_loading(shrunk, ids, tmp_path)
+    made = export_onnx(shrunk, (ids,), tmp_path / "m.onnx", dynamic="batch", exporter="fast")
+    assert (made.passed, made.held) == (True, "batch"), made.reason
+
+
+def test_keeping_all_changes_nothing():
+    net = vision().eval()
+    shrunk, steps = run_pass("eet", net, digits(), keep=1.0)
+    x = torch.randn(2, 1, 8, 8)
+    assert steps == []
+    assert torch.equal(shrunk(x), net(x))
+    plain, x = block(1.0), torch.randn(2, 9, 16)
+    torch.testing.assert_close(plain(x)[0], plain.block(x), atol=1e-6, rtol=1e-6)
+
+
+def test_what_cannot_lose_tokens_is_named_and_left_as_it_was():
+    swin = create_model("swin_t", img_size=32, embed_dim=16, depths=(2, 2), heads=(2, 4), patch=2, window=4)
+    compact = create_model("cct_2_3x2_32", img_size=8, in_chans=1, num_classes=10)
+    cases = [
+        (swin, 0.6, "Pyramid is not one sequence"),
+        (compact, 0.6, "map of tokens"),
+        (vision(), 0.3, "keep must exceed 0.50"),
+        (vision(depth=1), 0.6, "no place between"),
+    ]
+    for net, keep, message in cases:
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(Unsupported, match=message):
+            run_pass("eet", net, digits(), keep=keep)
+        assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+        assert not hasattr(net, "recipe")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"keep": 1.5}, "keep must be in"), ({"hidden": 17}, "hidden must be in 0..16"), ({"steps": -1}, "steps must be")],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        run_pass("eet", vision(), digits(), **settings)
+    with pytest.raises(ValueError, match="img_size= of the image"):
+        vision()(torch.randn(1, 1, 12, 12))
+    with pytest.raises(ValueError, match="class token"):
+        block(protect=0)
