@@ -8,6 +8,8 @@ Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2.
 - prunable: heads
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -51,6 +53,22 @@ class Attention(HeadMixer):
         self.causal = causal
         self.attn_drop = attn_drop
         self.drop = nn.Dropout(drop) if drop else None
+
+    @classmethod
+    def of(cls, other: "Attention", **options: Any) -> "Attention":
+        """`other` as a mixer of this class, its weights shared, not copied; `options` are what this class has more."""
+        with torch.device(other.qkv.weight.device):
+            new = cls(
+                other.dim,
+                heads=other.heads,
+                head_dim=other.head_dim,
+                attn_drop=other.attn_drop,
+                drop=other.drop.p if other.drop is not None else 0.0,
+                causal=other.causal,
+                **options,
+            )
+        new.qkv, new.proj = other.qkv, other.proj
+        return new.train(other.training)
 
     def forward(
         self,
