@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gossamer.io import onnx_session
+from gossamer.io import export_onnx, onnx_session
 from gossamer.io.integer_graph import IntegerGraph, float_operators
 from gossamer.layers import BatchNorm
 from gossamer.layers import integer as part
@@ -337,3 +337,13 @@ def test_a_division_that_could_round_the_other_way_is_not_written():
         x // 3
     with pytest.raises(TypeError, match="convert one"):
         x + x.to(torch.int32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_exporter_takes_the_models_own_writer_and_certifies_the_file(kind, trained, integers, tmp_path):
+    inputs = next(trained[kind][0].batches(2))[0]
+    certificate = export_onnx(integers[kind], inputs, tmp_path / "m.onnx", exporter="fast")
+    assert certificate.passed
+    assert certificate.exporter == "own"
+    assert certificate.max_abs == 0
+    assert float_operators(tmp_path / "m.onnx") == []

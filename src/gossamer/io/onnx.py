@@ -92,7 +92,8 @@ def export_onnx(
         second_inputs: another shape to run the file at; made from `inputs` if None.
         real_inputs: data for the comparison at the first shape, where random inputs would flatter.
         tolerance: largest allowed difference, relative to the largest entry of the output or to 1 below that.
-        exporter: "dynamo" (`torch.export`) or "fast" (TorchScript tracing, with "dynamo" behind it).
+        exporter: "dynamo" (`torch.export`) or "fast" (TorchScript tracing, with "dynamo" behind it). A model with a
+            `write_onnx(inputs, path, input_name=)` of its own is written by that.
 
     Raises:
         ValueError: weights above 2 GB, or no form of the model could be exported.
@@ -116,7 +117,8 @@ def export_onnx(
             reasons: list[str] = []
             doubtful: Certificate | None = None
             with tempfile.TemporaryDirectory(prefix="gossamer-") as folder:
-                for held, kind in _attempts(dynamic, exporter):
+                own = hasattr(model, "write_onnx")
+                for held, kind in [(dynamic, "own")] if own else _attempts(dynamic, exporter):
                     second = _second(first, second_inputs, held)
                     heard: list[str] = []
                     candidate = Path(folder) / "candidate.onnx"
@@ -271,7 +273,13 @@ def _movedim(g: Any, x: Any, source: Any, destination: Any) -> Any:
     return g.op("Transpose", x, perm_i=[moved[axis] if axis in moved else next(rest) for axis in range(rank)])
 
 
-_WRITERS = {"dynamo": _by_dynamo, "fast": _by_tracing}
+def _by_itself(
+    model: Any, first: Any, second: Any, path: Path, names_in: list[str], names_out: list[str], held: str | None
+) -> None:
+    model.write_onnx(first, path, input_name=names_in[0])
+
+
+_WRITERS = {"own": _by_itself, "dynamo": _by_dynamo, "fast": _by_tracing}
 
 
 def _attempts(dynamic: str | None, exporter: str) -> list[tuple[str | None, str]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gossamer.data.base import Dataset, Split
 from gossamer.io import export_onnx, onnx_callable, onnx_session, quantize_onnx, sensitivity
 from gossamer.measure import latency, macs, parameters, peak_memory
+from gossamer.measure.timing import Latency
 from gossamer.models.folder import save
 from gossamer.shrink.budget import excess, over_budget
 from gossamer.shrink.gate import Verdict, speed_gate
@@ -177,6 +178,11 @@ class Workshop:
             self._judged = {base.file: self._judge(base.file)}
         before, after = self._judged[base.file], self._judge(path)
         return (before - after if self.task.maximise else after - before) / max(abs(before), 1e-9)
+
+    def together(self, files: list[Path], *, seconds: float) -> list[Latency]:
+        """Latency of each file on one sample, all timed in turn."""
+        timing = latency({str(i): self._caller(path) for i, path in enumerate(files)}, budget_s=seconds)
+        return [timing[str(i)] for i in range(len(files))]
 
     def _judge(self, path: str | Path) -> float:
         return float(self.task.metrics(*self.outputs(path, self.data.val, limit=1000))[self.task.metric])

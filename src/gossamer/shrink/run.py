@@ -30,7 +30,7 @@ from gossamer.data.base import Dataset
 from gossamer.io import atomic_write, claim, plain, read_json, write_json
 from gossamer.measure import device_info, macs, parameters
 from gossamer.models.folder import save
-from gossamer.shrink.artefacts import Point, Workshop, choose, export_quickly, file_cost
+from gossamer.shrink.artefacts import Point, Workshop, choose, export_quickly
 from gossamer.shrink.base import Calibration, Unsupported, find_pass, passes, run_pass
 from gossamer.shrink.budget import excess
 from gossamer.shrink.options import ShrinkOptions, ShrinkResult
@@ -44,7 +44,7 @@ from gossamer.train.clock import Clock
 from gossamer.train.progress import Progress
 
 # Passes the search tries by itself: one shot, no training of their own. Others are for recipes.
-TRIED = ("optin", "latency_widths", "magnitude", "merging", "greenformers", "dependency")
+TRIED = ("magnitude", "greenformers", "merging", "latency_widths", "optin", "dependency")
 # What they are called with beyond `keep`, where it is not their default.
 SETTINGS: dict[str, dict[str, Any]] = {"greenformers": {"solver": "whitened"}}
 SCREENED = 500  # validation items a trial is judged by
@@ -52,7 +52,7 @@ SCREEN_BY, TRAINED_BY = 0.4, 0.8  # shares of the time
 FILES_SHARE = 0.4  # of the time left after the trials, at most, goes into making files instead of training
 HEAD_SHARE = 0.2  # of the time, for training a head the model came without
 MOST_FINALISTS = 3
-CLOSE = 0.02  # a cost this far below its limit is close enough
+CLOSE = 0.04  # a cost this far below its limit is close enough
 LEAST_KEEP = 0.05
 LOOK_FROM_S = 600.0  # from this much time on, the sensitivity of each layer to int8 is reported
 RATES = (3e-5, 2e-4, 1e-3)  # learning rates tried for recovery, each for this share of its time
@@ -223,7 +223,11 @@ class _Run:
             self._combine(target, before, screen_by)
         left = self.clock.left - self.pace["test_s"]
         count = max(1, min(MOST_FINALISTS, int(FILES_SHARE * left / max(self.pace["files_s"], 1e-3))))
-        chosen = self._ranked()[:count]
+        # The best of each way first: three strengths of one way teach less than three ways.
+        best: dict[tuple[str, ...], Trial] = {}
+        for trial in self._ranked():
+            best.setdefault(tuple(entry["pass"] for entry in trial.recipe), trial)
+        chosen = list(best.values())[:count]
         for place, trial in enumerate(chosen):
             more = len(chosen) - place
             left = self.clock.left - self.pace["test_s"] - more * self.pace["files_s"]
@@ -296,7 +300,7 @@ class _Run:
         try:
             model = self._apply(recipe)
             trial.report = dict(getattr(model, "shrink_report", {}))
-            trial.cost = self._quick_cost(model)
+            trial.cost = self._quick_cost(model, before)
             trial.val = self.calibration.score(model, limit=SCREENED)
             if math.isnan(trial.val):
                 trial.status, trial.why, trial.val = "failed", "its answers are no numbers", None
@@ -327,13 +331,15 @@ class _Run:
                 model, _ = run_pass(entry["pass"], model, self.calibration, **settings)
         return model
 
-    def _quick_cost(self, model: nn.Module) -> dict[str, float | None]:
+    def _quick_cost(self, model: nn.Module, before: Point) -> dict[str, float | None]:
         one = self.workshop.one
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             export_quickly(model, one, path)
-            median, _ = file_cost(path, one)
+            # In turn with the model as it came: a busy machine slows both.
+            now, then = self.workshop.together([path, Path(before.file)], seconds=0.8)
             size = path.stat().st_size / 1e6
+        median = now.median_ms / then.median_ms * float(before.cost["latency"] or 0)
         work = macs(model, one).total
         return {"latency": median, "memory": None, "size": size, "params": parameters(model), "macs": work}
 
@@ -472,6 +478,7 @@ class _Run:
 
     def _conclude(self, before: Point) -> ShrinkResult:
         points = self.workshop.points
+        self._time_together([p for p in points if p.status != "rolled back"], before)
         offered = [p for p in points if self.options.recipe is None or p.name == self.last] or points
         winner, closest = choose(offered, self.budget, maximise=self.task.maximise, noise=0.0)
         chosen = winner or closest or before
@@ -500,6 +507,15 @@ class _Run:
         write_report(results, figures, self.folder / "report.html")
         write_json(self.folder / "results.json", results)
         return ShrinkResult(results, self.folder)
+
+    def _time_together(self, points: list[Point], before: Point) -> None:
+        """The last word on latency: all files in one run, in turn, and shares of what was measured there."""
+        listed = [before, *(p for p in points if p is not before)]
+        found = self.workshop.together([Path(p.file) for p in listed], seconds=1.5 * len(listed))
+        for point, timed in zip(listed, found, strict=True):
+            point.cost["latency"], point.interval = timed.median_ms, (timed.low_ms, timed.high_ms)
+        if "latency" in self.options.shares:
+            self.budget["latency"] = self.options.shares["latency"] * float(before.cost["latency"] or math.inf)
 
     def _results(self, before: Point) -> dict[str, Any]:
         data = self.data

@@ -18,7 +18,7 @@ no centring.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -35,8 +35,6 @@ from gossamer.mixers.grouped_query import GroupedQueryAttention
 from gossamer.shrink.base import Calibration, Step, Unsupported, blocks_of, register_pass
 from gossamer.shrink.recipe import apply, register_step
 from gossamer.trunks import Isotropic
-
-Form = Literal["rms", "crms"]
 
 
 class PlainRMSNorm(nn.Module):
@@ -59,7 +57,7 @@ class PlainRMSNorm(nn.Module):
 
 
 @register_pass("pre_rmsnorm", family="exact rewrite", paper="pre-rmsnorm", saves=("params",))
-def pre_rmsnorm(model: nn.Module, calibration: Calibration | None = None, *, form: Form = "rms") -> list[Step]:
+def pre_rmsnorm(model: nn.Module, calibration: Calibration | None = None, *, form: str = "rms") -> list[Step]:
     """Replaces the layer norms of a pre-norm model by RMS norms, its answers unchanged.
 
     Args:
