@@ -131,7 +131,7 @@ def test_a_merged_model_loads_and_exports_the_same(kind, tmp_path, pictures, sen
     x = calibration.example(3)
     same_after_loading(merged, x, tmp_path)
     certificate = export_onnx(merged, x, tmp_path / "m.onnx", exporter="fast", real_inputs=x)
-    assert certificate.passed and certificate.exporter == "fast", certificate.reason
+    assert certificate.passed, certificate.reason
     assert (certificate.held, certificate.exporter) == ("batch", "fast")
 
 
@@ -160,7 +160,9 @@ def _single(net):
     [
         (lambda: create_model("swin_t", img_size=32, embed_dim=16, depths=(1, 1), heads=(2, 2), patch=2, window=4),
          {}, "Pyramid is not one sequence"),
-        (lambda: _mixed(vision()), {}, r"blocks\.1\.mixer \(Pool\) is not plain attention"),
+        (lambda: _mixed(vision()), {}, r"blocks\.1\.mixer \(Pool\) does not attend"),
+        (lambda: create_model("gpt2", dim=16, depth=1, heads=2, vocab_size=20, max_len=8),
+         {}, r"blocks\.0\.mixer .* is causal"),
         (lambda: _causal(vision()), {}, r"blocks\.1\.mixer \(Attention\) is causal"),
         (lambda: _single(vision()), {}, r"blocks\.0 \(Block\) has not the two"),
         (lambda: _headless(vision()), {}, r"head \(Identity\) does not weigh"),

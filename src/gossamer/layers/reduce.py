@@ -164,8 +164,7 @@ class MergingBlock(ReducingBlock):
 
     def between(self, tokens: Tokens, seen: Seen) -> Tokens:
         x, mask, sizes = tokens
-        n = int(x.shape[1])  # tracers make tensors of shapes
-        r = min(self.r * n // self.tokens, (n - self.protect) // 2)
+        r = self.count(int(x.shape[1]))  # tracers make tensors of shapes
         if r <= 0:
             return tokens
         assert seen.keys is not None
@@ -173,6 +172,10 @@ class MergingBlock(ReducingBlock):
         sizes = torch.ones_like(x[..., 0]) if sizes is None else sizes
         x, sizes = ops.combine(x, sizes, found, self.moved(x, sizes, found))
         return Tokens(x, None if mask is None else mask.gather(1, found.stay), sizes)
+
+    def count(self, n: int) -> int:
+        """How many of `n` tokens go."""
+        return min(self.r * n // self.tokens, (n - self.protect) // 2)
 
     def moved(self, x: Tensor, sizes: Tensor, found: ops.Matching) -> Tensor | None:
         """What the tokens that go bring, if it is not `sizes * x`."""

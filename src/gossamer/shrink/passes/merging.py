@@ -18,21 +18,18 @@ Source: Bolya et al. 2023, "Token Merging: Your ViT But Faster" (ToMe), sections
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gossamer.layers import Block
-from gossamer.layers.distilled import DistilledClassifier
-from gossamer.layers.reduce import MergingBlock, shows_attention
+from gossamer.layers.reduce import MergingBlock
 from gossamer.measure import macs
 from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
 from gossamer.shrink.recipe import apply, register_step
-from gossamer.trunks import Isotropic
+from gossamer.shrink.sequences import needs_sizes, sequence_of
 
 SCHEDULES = ("constant", "decreasing")
 
@@ -46,8 +43,7 @@ def merging(model: nn.Module, calibration: Calibration, *, keep: float = 0.7, sc
         ValueError: `keep` is not in (0, 1], or no such schedule.
     """
     check_share("keep", keep)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, got {schedule!r}")
+    check_schedule(schedule)
     found = mergeable(model, calibration)
     if keep == 1:
         return []
@@ -57,24 +53,33 @@ def merging(model: nn.Module, calibration: Calibration, *, keep: float = 0.7, sc
     return [step]
 
 
+def check_schedule(schedule: str) -> None:
+    """Raises a ValueError where there is no such schedule."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, got {schedule!r}")
+
+
 @register_step("merging")
 def _merge(model: nn.Module, step: Step) -> None:
-    wrap_blocks(
-        model, step["r"], lambda block, r, n: MergingBlock(block, r, tokens=n, protect=step["protect"]), step["tokens"]
-    )
+    wrap_blocks(model, step, MergingBlock)
 
 
-def wrap_blocks(model: Any, r: Sequence[int], make: Callable[[Block, int, int], nn.Module], tokens: int) -> None:
-    """Puts `make(block, tokens to merge, tokens that come in)` around each block of `model`.
+def wrap_blocks(model: Any, step: Step, make: Callable[..., nn.Module]) -> None:
+    """Puts `make(block, r, tokens=, protect=)` around each block of `model`; a block merges half of its tokens at most.
+
+    Args:
+        step: `r` (tokens to merge, one number a block), `tokens` (that come into the first block) and `protect`.
 
     Raises:
         ValueError: `r` has not one number for each block.
     """
-    if len(r) != len(model.blocks):
-        raise ValueError(f"r must have one number for each of the {len(model.blocks)} blocks, got {len(r)}")
-    for i, gone in enumerate(r):
-        model.blocks[i] = make(model.blocks[i], gone, tokens)
-        tokens -= gone
+    tokens, protect = step["tokens"], step["protect"]
+    if len(step["r"]) != len(model.blocks):
+        raise ValueError(f"r must have one number for each of the {len(model.blocks)} blocks, got {len(step['r'])}")
+    for i, wanted in enumerate(step["r"]):
+        r = max(0, min(wanted, (tokens - protect) // 2))
+        model.blocks[i] = make(model.blocks[i], r, tokens=tokens, protect=protect)
+        tokens -= r
 
 
 class Mergeable(NamedTuple):
@@ -91,61 +96,19 @@ class Mergeable(NamedTuple):
     costs: list[tuple[float, float, float, int]]
 
 
-def mergeable(model: Any, calibration: Calibration) -> Mergeable:
+def mergeable(model: Any, calibration: Calibration, what: str = "merging") -> Mergeable:
     """Tokens and costs of `model` for the user's data.
+
+    Args:
+        what: the pass, for the message.
 
     Raises:
         Unsupported: tokens cannot be merged in this model; the message names the module and the reason.
     """
-    blocks = check_mergeable(model)
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        x, mask = model.stem(*(t.to(device) for t in calibration.example()))
-    if x.ndim != 3:
-        raise Unsupported(f"stem ({type(model.stem).__name__}) gives a map of tokens; merging would leave no map")
-    return Mergeable(x.shape[1], protected(model, mask), [_costs(block, x.shape[1]) for block in blocks])
-
-
-def check_mergeable(model: Any) -> list[Any]:
-    """The blocks of `model`, all of which can merge tokens.
-
-    Raises:
-        Unsupported: one cannot; the message names it and says why.
-    """
-    if not isinstance(model, Isotropic):
-        raise Unsupported(
-            f"{type(model).__name__} is not one sequence of tokens from end to end (Isotropic); "
-            "windows, convolutions and downsampling read neighbours by place, which merging takes away"
-        )
-    for i, block in enumerate(model.blocks):
-        name = f"blocks.{i}"
-        if getattr(block, "reduces", False):
-            raise Unsupported(f"{name} ({type(block).__name__}) reduces tokens already")
-        if not isinstance(block, Block) or block.norm2 is None:
-            raise Unsupported(f"{name} ({type(block).__name__}) has not the two residual branches of a Block")
-        if getattr(block.mixer, "causal", False):
-            raise Unsupported(
-                f"{name}.mixer ({type(block.mixer).__name__}) is causal: a merged token would carry later tokens to "
-                "earlier ones, and every position has to give an answer of its own"
-            )
-        if not shows_attention(block.mixer):
-            raise Unsupported(
-                f"{name}.mixer ({type(block.mixer).__name__}) is not plain attention: "
-                "it has no keys to compare tokens by, or reads them by place"
-            )
-    if "sizes" not in inspect.signature(model.head.forward).parameters:
-        raise Unsupported(f"head ({type(model.head).__name__}) does not weigh merged tokens by their sizes")
-    return list(model.blocks)
-
-
-def protected(model: Any, mask: Tensor | None) -> int:
-    """Tokens in front that a head or other tokens rely on: learned ones, and the first of every text."""
-    learned = getattr(model.stem, "tokens", None)
-    count = learned.shape[1] if isinstance(learned, Tensor) else 0
-    reads = getattr(model.head, "kind", getattr(model.head, "pool", None)) == "token"
-    if isinstance(model.head, DistilledClassifier):
-        return max(count, 2 * reads)
-    return max(count, int(reads or mask is not None))
+    found = sequence_of(model, calibration, what)
+    if not needs_sizes(model):
+        raise Unsupported(f"{what}: head ({type(model.head).__name__}) does not weigh merged tokens by their sizes")
+    return Mergeable(found.tokens, found.protect, [_costs(block, found.tokens) for block in found.blocks])
 
 
 def removals(found: Mergeable, keep: float, schedule: str = "constant") -> list[int]:
