@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def _prune_tokens(model: Any, step: Step) -> None:
         )
     for i, share in enumerate(step["keep"]):
         if share < 1:
-            wrap(model, i, lambda block, share=share: ContentBlock(block, share, protect=step["protect"]))
+            wrap(model, i, partial(ContentBlock, keep=share, protect=step["protect"]))
 
 
 def shares(depth: int, keep: float) -> list[float]:

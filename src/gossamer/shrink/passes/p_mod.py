@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -80,7 +81,7 @@ def _route(model: Any, step: Step) -> None:
         )
     for i, share in enumerate(step["keep"]):
         if share < 1:
-            wrap(model, i, lambda block, share=share: DepthBlock(block, share, protect=step["protect"]))
+            wrap(model, i, partial(DepthBlock, keep=share, protect=step["protect"]))
 
 
 def ratios(
