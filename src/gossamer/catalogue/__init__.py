@@ -172,7 +172,7 @@ def search(
         for s in systems()
         if (kind is None or s.kind == kind)
         and (status is None or s.status == status)
-        and (task is None or task in s.tasks or _plain(task) in _plain(s.task))
+        and (task is None or any(_plain(task) in _plain(words) for words in (*s.tasks, s.task)))
         and (text is None or _plain(text) in _plain(_text(s)))
     ]
 

@@ -60,7 +60,10 @@ def open_subject(model: str | Path | nn.Module, weights: str | Path | None = Non
         known = getattr(model, "config", None)
         if isinstance(known, dict) and "name" in known:
             return Subject(known["name"], model.eval(), "gossamer", _reading(known))
-        ours = from_timm(model)
+        try:
+            ours = from_timm(model)
+        except ValueError:  # of a known class, with a setting our parts do not have: it stays what it is
+            ours = None
         if ours is not None:
             return Subject(type(model).__name__, ours, "timm", _reading(getattr(ours, "config", {})))
         if not hasattr(model, "recipe"):
