@@ -93,9 +93,9 @@ def int8_against_eager(source: str, results: dict[str, Any], seed: int) -> dict[
     import torch
 
     import gossamer
-    from gossamer.shrink.artefacts import ExportedModel
     from gossamer.io import onnx_callable, onnx_session
     from gossamer.measure import latency
+    from gossamer.shrink.artefacts import ExportedModel
     from gossamer.train.trainer import model_outputs
 
     points = [p for p in results["points"] if "int8" in p["form"] and p["status"] != "rolled back"]

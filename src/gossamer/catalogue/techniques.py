@@ -71,7 +71,8 @@ def techniques() -> tuple[Technique, ...]:
             raise ValueError(f"technique {row.get('name')!r}: keys must be {sorted(wanted)}, got {sorted(row)}")
         if row["training"] not in TRAINING:
             raise ValueError(f"technique {row['name']!r}: training must be one of {TRAINING}, got {row['training']!r}")
-        found.append(Technique(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}))
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+        found.append(Technique(**values))
     return tuple(found)
 
 

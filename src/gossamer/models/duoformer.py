@@ -65,7 +65,9 @@ class Bare(nn.Module):
 class BareClassifier(Classifier):
     """The fork's head: the class token is scored as it is, its norm is not used."""
 
-    def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b k"]:
+    def forward(
+        self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None, sizes: Tensor | None = None
+    ) -> Float[Tensor, "b k"]:
         return x[:, 0] if self.fc is None else self.fc(x[:, 0])
 
 

@@ -39,7 +39,7 @@ class FirstToken(Classifier):
         super().__init__(dim, num_classes, pool="token")
 
     def forward(
-        self, x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None
+        self, x: Float[Tensor, "b *grid c"], mask: Bool[Tensor, "b *grid"] | None = None, sizes: Tensor | None = None
     ) -> Float[Tensor, "b k"]:
         return super().forward(x.flatten(1, -2))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ Member = tuple[str, str]
 """Name of a part and of one of its axes."""
 
 
-def reader(part: nn.Module, axis: str) -> nn.Linear:
+def reader(part: Any, axis: str) -> nn.Linear:
     """The product that reads the members of `axis`.
 
     Raises:

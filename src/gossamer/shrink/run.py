@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -461,7 +462,7 @@ class _Run:
                 changed, _ = run_pass(entry["pass"], model, left, **settings)
             save(changed, place)
             done.append(entry)
-            points = self._points(name, lambda c=changed: c, gated=None, recipe=done)
+            points = self._points(name, partial(_same, changed), gated=None, recipe=done)
             if entry["pass"] != "recover" and points[0].status != "rolled back":
                 self._gate(last, points[0])
                 if points[0].status == "rolled back":
@@ -541,6 +542,10 @@ class _Run:
             "device": device_info(),
             "trials": [asdict(t) for t in self.trials],
         }
+
+
+def _same(model: nn.Module) -> nn.Module:
+    return model
 
 
 def _stem(name: str) -> str:

@@ -89,7 +89,7 @@ def _from_folder(folder: Path) -> Subject:
     if is_transformers_folder(folder):
         built = read_transformers(folder)
         wants = preprocessing(folder)
-        meta = {k: wants.pop(k) for k in ("mean", "std", "classes") if k in wants}
+        meta: dict[str, Any] = {k: wants.pop(k) for k in ("mean", "std", "classes") if k in wants}
         return Subject(folder.resolve().name, built, "transformers", wants, meta)
     built = load(folder)
     config: dict[str, Any] = getattr(built, "config", {})

@@ -469,18 +469,18 @@ class Stitched(nn.Module):
         for path in self.paths:
             (front, _, _), (end, _, _) = path.route[0], path.route[-1]
             cost = parts[front]["stem"] + parts[end]["head"]
-            for anchor, first, stop in path.route:
-                names = _block_names(self.anchors[anchor])
-                cost += sum(parts[anchor][names[i]] for i in range(first, stop))
-                if isinstance(self.anchors[anchor], Pyramid):
-                    entered = range(1, len(cast(Any, self.anchors[anchor]).stages))
+            for number, first, stop in path.route:
+                names = _block_names(self.anchors[number])
+                cost += sum(parts[number][names[i]] for i in range(first, stop))
+                if isinstance(self.anchors[number], Pyramid):
+                    entered = range(1, len(cast(Any, self.anchors[number]).stages))
                     cost += sum(
-                        parts[anchor][f"merges.{s - 1}"]
+                        parts[number][f"merges.{s - 1}"]
                         for s in entered
-                        if first <= _offset(self.anchors[anchor], s) < stop
+                        if first <= _offset(self.anchors[number], s) < stop
                     )
-            for (anchor, last, _, _), (group, layer) in zip(path.places, path.stitches, strict=True):
-                cost += tokens[anchor][last] * cast(Any, self.stitches)[group][layer].weight.numel()
+            for (number, last, _, _), (group, layer) in zip(path.places, path.stitches, strict=True):
+                cost += tokens[number][last] * cast(Any, self.stitches)[group][layer].weight.numel()
             total.append(cost)
         return total
 
