@@ -18,6 +18,9 @@ unit goes on reading all of it. Maps flow:
 - several models are aligned with the anchor one by one, and all are averaged
 - unequal widths: the released code scales outputs by n0 / n1 too; ours does not, or widths would change the answers
 - class tokens and tables of positions have no activations: they are compared as they are, rows not normalised
+- fused weights equal the released code's for both solvers, both costs, and the policies without weights; the weighted
+  policies follow the description and differ from it by up to 0.02; its map over queries and keys as one set of units
+  (`joint`) is left out
 - heads that are nothing but a pooled stream have the anchor's coordinates
 """
 
