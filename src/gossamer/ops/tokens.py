@@ -156,8 +156,9 @@ def match(
     gone, stay = ranked[:, :r], ranked[:, r:]
     rank = torch.empty_like(order).scatter(0, order, position)
     stay = order[rank[stay].sort(dim=1).values]
-    # Only the places of those that stay are read. (A tracer takes `expand(b, -1)` for a constant.)
-    place = ranked.scatter(1, stay, stay * 0 + position[: n - r])
+    # Padding may have no partner that stays; it is given place 0, with no weight. (Products with 0 keep the batch free
+    # where a tracer takes `zeros_like` and `expand(b, -1)` for constants.)
+    place = (ranked * 0).scatter(1, stay, stay * 0 + position[: n - r])
     real = None if mask is None else mask.gather(1, gone)
     return Matching(stay, gone, place.gather(1, goal.gather(1, gone)), real)
 
