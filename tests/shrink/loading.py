@@ -1,5 +1,6 @@
 """What is saved is what is loaded: in this process and in a fresh one that cannot unpickle."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,4 +31,6 @@ def same_after_loading(model: nn.Module, inputs: tuple[Tensor, ...] | Tensor, tm
         y = model.eval()(*x)
         assert torch.equal(gossamer.load(tmp_path / "m")(*x), y)
     torch.save({"x": x, "y": y}, tmp_path / "io.pt")
-    subprocess.run([sys.executable, "-c", _CODE, str(tmp_path)], check=True)
+    # Sums are taken in another order by another number of threads.
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, "-c", _CODE, str(tmp_path)], check=True, env=env)

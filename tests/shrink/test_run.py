@@ -24,7 +24,6 @@ from gossamer.train import Settings, Trainer
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A ViT that has learnt the digits, as a folder."""
-    torch.set_num_threads(2)
     data = read_dataset("digits")
     task = create_task(data.task, data.spec, data.meta)
     torch.manual_seed(0)

@@ -52,7 +52,7 @@ DEFAULT_LR = {"image-classification": 2e-3, "text-classification": 2e-3, "foreca
 def open_study(name: str, storage: str, maximise: bool, seed: int) -> optuna.Study:
     """The study of a run, made if it is not there yet."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    waits = [0.2, 0.4, 0.8]
+    waits = [0.2, 0.4, 0.8, 1.6, 3.2, 6.4]
     while True:
         try:
             return optuna.create_study(

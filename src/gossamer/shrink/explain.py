@@ -216,6 +216,8 @@ def _judge(
             f"only {facts['tokens']} tokens: attention is {facts['attention_share']:.0%} of the work" if few else t.when
         )
         return row("does not suit", f"{reason}; it needs a new model (gossamer fit)")
+    if shares and t.reduces and not set(shares) & set(t.reduces):
+        return row("does not suit", f"it lowers {', '.join(t.reduces)}, the budget is of {', '.join(shares)}")
     for name in [*t.passes(), *(by for by in t.by if by == "int8")]:
         found = measured.get(LIKE.get(name, name))
         if isinstance(found, str):
@@ -228,8 +230,6 @@ def _judge(
             words = ", ".join(f"{k} {found.get(k, 1.0):.0%}" for k in wanted)
             return row("does not suit", f"measured here, it saves nothing that was asked for ({words})", found)
         return row("suits", t.when, found)
-    if shares and t.reduces and not set(shares) & set(t.reduces):
-        return row("does not suit", f"it lowers {', '.join(t.reduces)}, the budget is of {', '.join(shares)}")
     return row("for a recipe", t.when)
 
 
