@@ -45,7 +45,7 @@ from gossamer.train.clock import Clock
 from gossamer.train.progress import Progress
 
 # Passes the search tries by itself: one shot, no training of their own. Others are for recipes.
-TRIED = ("magnitude", "greenformers", "merging", "latency_widths", "optin", "dependency")
+TRIED = ("optin", "greenformers", "merging", "latency_widths", "magnitude", "dependency")
 # What they are called with beyond `keep`, where it is not their default.
 SETTINGS: dict[str, dict[str, Any]] = {"greenformers": {"solver": "whitened"}}
 SCREENED = 500  # validation items a trial is judged by

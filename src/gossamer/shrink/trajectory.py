@@ -8,7 +8,7 @@ pruning left to what there was.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from gossamer.shrink.base import Unsupported, blocks_of
 from gossamer.shrink.masks import Member, reader
 
 ROWS = 16384  # tokens a fit reads, at most
-RIDGE = 0.1
+RIDGES = (0.03, 0.3, 3.0)
 
 
 class _Enough(Exception):
@@ -163,26 +163,34 @@ def refit(
     inputs: tuple[Tensor, ...],
     members: Sequence[Member],
     wanted: Mapping[str, Float[Tensor, "n c"]],
+    held: tuple[Tensor, ...],
+    judge: Callable[[Tensor], float],
     *,
     seconds: float = float("inf"),
-) -> int:
+) -> list[str]:
     """Changes the readers of pruned members so that they give what is `wanted` (`readings` from before), nearly.
 
-    `min_{W, b} |X W^T + b - Y|^2 + r |(W, b) - (W_0, b_0)|^2`, `X` what the reader is now given for `inputs`, `r` the
-    share `RIDGE` of the mean square of `X`'s columns; parts in order, each behind those already changed.
+    `min_{W, b} |X W^T + b - Y|^2 + r |(W, b) - (W_0, b_0)|^2`, `X` what the reader is now given for `inputs`, `r` a
+    share of the mean square of `X`'s columns; parts in order, each behind those already changed. Of the shares
+    `RIDGES`, and of leaving the reader alone, the one is taken that `judge` likes best.
+
+    Args:
+        held: inputs that no fit sees.
+        judge: how bad an answer to `held` is.
 
     Returns:
-        How many parts there was time for.
+        The parts that were changed; where the time was short, the last were left alone.
     """
     start = time.perf_counter()
-    path = Trajectory(model, inputs)
-    done = 0
+    path, trial = Trajectory(model, inputs), Trajectory(model, held)
+    least = judge(trial.answer)
+    fitted: list[str] = []
     for i in range(len(path.names)):
         for name, axis in members:
             if path.layer(name) != i or name not in wanted:
                 continue
             if time.perf_counter() - start > seconds:
-                return done
+                return fitted
             layer = reader(model.get_submodule(name), axis)
             x = path.given(i, layer)
             x = x.flatten(0, -2)[path.rows(i, x)]
@@ -190,12 +198,21 @@ def refit(
             x = x.double()
             if layer.bias is not None:
                 x = torch.cat((x, x.new_ones(len(x), 1)), 1)
-            square = x.T @ x
-            square.diagonal().add_(RIDGE * square.diagonal().mean())
-            change = torch.linalg.solve(square, x.T @ left).T.to(layer.weight.dtype)
-            layer.weight += change[:, : layer.in_features]
-            if layer.bias is not None:
-                layer.bias += change[:, -1]
-            done += 1
+            square, cross = x.T @ x, x.T @ left
+            best = before = [p.clone() for p in layer.parameters()]
+            for share in RIDGES:
+                ridge = share * square.diagonal().mean()
+                change = torch.linalg.solve(square + torch.diag(ridge.expand(len(square))), cross).T
+                layer.weight.copy_(before[0] + change[:, : layer.in_features])
+                if layer.bias is not None:
+                    layer.bias.copy_(before[1] + change[:, -1])
+                found = judge(trial.run(i)[0])
+                if found < least:
+                    least, best = found, [p.clone() for p in layer.parameters()]
+            for p, value in zip(layer.parameters(), best, strict=True):
+                p.copy_(value)
+            if best is not before:
+                fitted.append(name)
         path.renew(i)
-    return done
+        trial.renew(i)
+    return fitted
