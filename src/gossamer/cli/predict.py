@@ -14,7 +14,7 @@ from gossamer.cli.show import print_json
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished `gossamer fit`.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished fit or shrink.")],
     inputs: Annotated[
         list[str],
         typer.Argument(
@@ -37,6 +37,10 @@ def command(
     for row in predictions:
         if "forecast" in row:
             typer.echo(f"# {row['input']}\n{_csv(row['forecast'])}", nl=False)
+        elif "class" not in row:
+            # Vectors are for --json; what is said of them is for reading.
+            facts = [f"{k.replace('_', ' ')} {v}" for k, v in row.items() if k not in ("input", "vector")]
+            typer.echo(f"{row['input']}: {', '.join(facts) or 'a vector (see --json)'}")
         else:
             others = ", ".join(f"{name} {chance:.1%}" for name, chance in list(row["top"].items())[1:])
             typer.echo(f"{row['input']}: {row['class']} {row['probability']:.1%}" + (f" ({others})" if others else ""))
