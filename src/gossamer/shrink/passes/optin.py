@@ -334,7 +334,7 @@ def prune(
     ruler = Ruler(Trajectory(model, held), calibration)
     wanted = readings(model, seen, changed)
     steps: list[Step] = list(keep_members(model, masks))
-    refit(model, seen, changed, wanted, held, ruler.change, seconds=deadline - time.perf_counter())
+    refit(model, seen, changed, wanted, held, ruler.unlike, seconds=deadline - time.perf_counter())
     return steps
 
 
@@ -386,6 +386,14 @@ class Ruler:
         else:
             found = (answer - before).square().sum() / self.variance
         return TEMPERATURE**2 * max(0.0, float(found))
+
+    def unlike(self, answer: Tensor) -> float:
+        """`D`; for sentence vectors, 1 less the correlation of all cosines, for only their order is used."""
+        if self.kind != "gram":
+            return self.change(answer)
+        pair = torch.triu_indices(len(answer), len(answer), 1).unbind(0)
+        units = (F.normalize(_wide(z), dim=-1) for z in (self.path.answer, answer))
+        return 1 - float(torch.corrcoef(torch.stack([(f @ f.T)[pair] for f in units]))[0, 1])
 
     def pull(self, layer: int, part: Tensor, generator: torch.Generator) -> Float[Tensor, "k c"]:
         """Gradient of `<V, f f^T>` by the rows `part` (positions among the chosen) of `f`, `V` random normal."""
