@@ -230,10 +230,11 @@ def test_the_fit_brings_the_answers_nearer_to_the_whole_model(trained):
     (held,), _ = next(calibration.batches(64, split="val", batch_size=64))
     far = []
     for reconstruct in (False, True):
-        small, _ = run_pass("optin", net, calibration, keep=0.5, samples=256, probes=16, reconstruct=reconstruct)
+        how = dict(loss="both", samples=256, probes=16, reconstruct=reconstruct)
+        small, _ = run_pass("optin", net, calibration, keep=0.5, **how)
         with torch.no_grad():
             far.append(float((small(held) - net(held)).square().mean()))
-    assert far[1] < 0.65 * far[0]
+    assert far[1] < 0.5 * far[0]
 
 
 def test_keeping_all_changes_nothing(trained):

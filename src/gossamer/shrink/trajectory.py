@@ -20,7 +20,7 @@ from gossamer.shrink.base import Unsupported, blocks_of
 from gossamer.shrink.masks import Member, reader
 
 ROWS = 16384  # tokens a fit reads, at most
-RIDGES = (0.03, 0.3, 3.0)
+RIDGES = (0.0003, 0.003, 0.03, 0.3)
 
 
 class _Enough(Exception):

@@ -331,7 +331,7 @@ def prune(
     passes, deadline = 2.0 * len(changed) + 3, begun + calibration.seconds
     rows = _affordable(model, calibration, FITTED * samples, passes, deadline)
     inputs = _to_device(calibration_inputs(calibration, rows), model)
-    apart = torch.arange(len(inputs[0])) % 4 == 3
+    apart = torch.arange(len(inputs[0])) % 8 == 7
     seen, held = (tuple(x[chosen] for x in inputs) for chosen in (~apart, apart))
     ruler = Ruler(Trajectory(model, held), calibration)
     wanted = readings(model, seen, changed)
