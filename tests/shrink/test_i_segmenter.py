@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gossamer.io import export_onnx, onnx_session
 from gossamer.io.integer_graph import IntegerGraph, float_operators
 from gossamer.layers import BatchNorm
-from gossamer.layers import integer as part
+from gossamer.layers.integer import Cell
 from gossamer.models import create_model
 from gossamer.ops import integer as op
 from gossamer.shrink.base import Unsupported, run_pass
@@ -117,7 +117,7 @@ def test_integers_answer_as_their_simulation_and_near_the_model(kind, trained):
             scale = scale.repeat_interleave(value.shape[-1] // len(scale))
         found.append(float((value / scale - (value / scale).round()).abs().max()))
 
-    hooks = [cell.register_forward_hook(multiple) for cell in other.modules() if isinstance(cell, part.Cell)]
+    hooks = [cell.register_forward_hook(multiple) for cell in other.modules() if isinstance(cell, Cell)]
     with torch.no_grad():
         simulated = other(*inputs)
         for hook in hooks:

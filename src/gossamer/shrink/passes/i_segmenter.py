@@ -34,9 +34,11 @@ from torch import Tensor, nn
 
 from gossamer.io.integer_graph import IntegerGraph
 from gossamer.layers import Block, Classifier, Mlp
-from gossamer.layers import integer as part
 from gossamer.layers.distilled import DistilledClassifier
 from gossamer.layers.heads import DenseClassifier, SentenceVector
+from gossamer.layers.integer import STREAM, Range, fix, norm_cell
+from gossamer.layers.integer_blocks import IntegerBlock
+from gossamer.layers.integer_ends import Answer, ImageStem, WordStem, integer_stem
 from gossamer.mixers.attention import Attention
 from gossamer.shrink.base import Calibration, Step, Unsupported, register_pass
 from gossamer.shrink.recipe import register_step
@@ -58,13 +60,13 @@ class IntegerIsotropic(Isotropic):
         if not self.fixed:
             return self.integers(x)
         stem, head = self._ends()
-        x = stem.quantised(x) if isinstance(stem, part.ImageStem) else x
+        x = stem.quantised(x) if isinstance(stem, ImageStem) else x
         return self.integers(x).to(torch.int32).to(torch.float32) * head.quantum
 
     def integers(self, x: Any) -> Any:
         """The answers, in steps of `head.quantum`, for quantised pixels or ids (or a symbol of them)."""
         stem, head = self._ends()
-        mask = x != stem.pad_id if isinstance(stem, part.WordStem) else None
+        mask = x != stem.pad_id if isinstance(stem, WordStem) else None
         tokens = stem(x)
         for block in self.blocks:
             tokens = block(tokens, mask)
@@ -81,7 +83,7 @@ class IntegerIsotropic(Isotropic):
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
         stem, head = self._ends()
         graph = IntegerGraph()
-        words = isinstance(stem, part.WordStem)
+        words = isinstance(stem, WordStem)
         symbol = graph.input(input_name, torch.int64 if words else torch.float32, ("batch", *x.shape[1:]))
         answer = self.integers(symbol if words else graph.quantise(symbol, stem.quantum))
         graph.save(path, answer, head.quantum)
@@ -105,7 +107,7 @@ def check(model: nn.Module, lam: float | None) -> None:
     module: nn.Module | None = model
     try:
         name, module = "stem", model.stem
-        part.integer_stem(module)
+        integer_stem(module)
         for number, block in enumerate(model.blocks):
             name, module = f"blocks.{number}", block
             if type(block) is not Block or block.residual not in ("pre", "post") or block.norm2 is None:
@@ -116,13 +118,13 @@ def check(model: nn.Module, lam: float | None) -> None:
             name, module = f"blocks.{number}.mlp", block.mlp
             if type(block.mlp) is not Mlp or block.mlp.norm1 is not None or block.mlp.norm2 is not None:
                 raise ValueError("only an MLP of two products and an activation has an integer form")
-            part.IntegerBlock(block, lam)
+            IntegerBlock(block, lam)
         name, module = "norm", model.norm
-        part.norm_cell(model.norm, part.STREAM)
+        norm_cell(model.norm, STREAM)
         name, module = "head", model.head
         if type(model.head) not in HEADS or getattr(model.head, "kind", "") == "sequence":
             raise ValueError(f"only {', '.join(kind.__name__ for kind in HEADS)} without sequence pooling can be had")
-        part.Answer(model.head)
+        Answer(model.head)
     except ValueError as error:
         raise Unsupported(f"{name} ({type(module).__name__}): {error}") from error
 
@@ -133,10 +135,10 @@ def simulate(model: nn.Module, lam: float | None) -> None:
     assert isinstance(model, Isotropic)
     stem, norm, head = model.stem, model.norm, model.head
     blocks: list[Any] = list(model.blocks)
-    model.stem = part.integer_stem(stem)
-    model.blocks = nn.ModuleList([part.IntegerBlock(block, lam) for block in blocks])
-    model.norm = part.norm_cell(norm, part.STREAM)
-    model.head = part.Answer(head)
+    model.stem = integer_stem(stem)
+    model.blocks = nn.ModuleList([IntegerBlock(block, lam) for block in blocks])
+    model.norm = norm_cell(norm, STREAM)
+    model.head = Answer(head)
     model.__class__ = IntegerIsotropic
 
 
@@ -173,7 +175,7 @@ def i_segmenter(
     watch(model, batches)
     if steps > 0 and calibration.seconds > 0:
         for module in model.modules():
-            if isinstance(module, part.Range):
+            if isinstance(module, Range):
                 module.moving = True  # weights change, and the ranges with them
         trainer = calibration.trainer(model, teacher=teacher, lr=lr, ema=0.0)
         trainer.train(steps=steps, seconds=0.7 * calibration.seconds, schedule="linear")
@@ -197,7 +199,7 @@ def settle(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Fixes a simulation: integers from here on. `inputs` are run once, so that each part knows its final scales."""
     model.eval()
     model(*inputs)
-    part.fix(model)
+    fix(model)
 
 
 @register_step("i_segmenter.integers")
@@ -205,6 +207,6 @@ def _integers(model: nn.Module, step: Step) -> None:
     simulate(model, None)
     for module in model.modules():
         # The constants come from the file; here only their shapes matter.
-        if isinstance(module, part.Range):
+        if isinstance(module, Range):
             module.top.fill_(1.0)
-    part.fix(model.eval())
+    fix(model.eval())
