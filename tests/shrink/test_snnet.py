@@ -14,7 +14,9 @@ from gossamer.measure import macs, parameters
 from gossamer.models import create_model, load_official
 from gossamer.models.stitched import join
 from gossamer.shrink.base import Unsupported, run_pass
-from gossamer.trunks.stitched import Path, Stitched, block_tokens, one_way, unequal_pairs, window_pairs
+from gossamer.trunks.anchors import block_tokens
+from gossamer.trunks.paths import Path, one_way, unequal_pairs, window_pairs
+from gossamer.trunks.stitched import Stitched
 from official import GOLDEN, seeded_input, seeded_state
 from shrink.loading import same_after_loading
 from shrink.toys import encoder, learned, texts

@@ -15,7 +15,8 @@ from gossamer.models import create_model
 from gossamer.models.stitched import join
 from gossamer.shrink.base import Unsupported, run_pass
 from gossamer.shrink.passes.snnet_v2 import draw_path, group_by_cost, group_chances
-from gossamer.trunks.stitched import Stitch, Stitched, out_indices, two_way
+from gossamer.trunks.paths import out_indices, two_way
+from gossamer.trunks.stitched import Stitch, Stitched
 from official import GOLDEN, seeded_input, seeded_state
 from shrink.loading import same_after_loading
 from shrink.toys import encoder, learned, texts

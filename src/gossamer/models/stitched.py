@@ -21,7 +21,9 @@ from torch import nn
 
 from gossamer import catalogue
 from gossamer.models.registry import State, create_model, register_system, rename, system
-from gossamer.trunks.stitched import Stitched, check_anchors, depths_of, one_way, two_way
+from gossamer.trunks.anchors import check_anchors, depths_of
+from gossamer.trunks.paths import one_way, two_way
+from gossamer.trunks.stitched import Stitched
 
 
 def join(

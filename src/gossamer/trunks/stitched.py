@@ -3,18 +3,15 @@
 Source: Pan et al. 2023, "Stitchable Neural Networks"; Pan et al. 2023, "Stitched ViTs are Flexible Vision Backbones"
 (both ways, low-rank stitching layers). The models that are joined are called anchors.
 
-- a path is a run of blocks of one anchor, a stitching layer, a run of blocks of the next; `path` says which one runs
+- `path` says which of the networks (`gossamer.trunks.paths`) runs
 - a stitching layer is the least-squares map between the tokens the two anchors make of the same inputs
 - the table of measured latencies and scores travels with the weights, so a limit can be met call by call
-- blocks are counted through all stages of a pyramid; stitches lie within a stage
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations, pairwise
 from typing import Any, cast
 
 import torch
@@ -24,179 +21,10 @@ from torch import Tensor, nn
 
 from gossamer.measure import latency, macs
 from gossamer.measure.timing import Latency
-from gossamer.mixers.base import Mixer
+from gossamer.trunks.anchors import anchor_blocks, block_names, block_tokens, check_anchors, stage_offset, stage_width
 from gossamer.trunks.isotropic import Isotropic
+from gossamer.trunks.paths import Path, Place, Plan, out_indices
 from gossamer.trunks.pyramid import Pyramid
-
-Place = tuple[int, int, int, int]
-"""Front anchor, its last block, end anchor, its first block."""
-
-
-@dataclass(frozen=True)
-class Path:
-    """One network among the stitched ones.
-
-    Args:
-        route: runs of blocks `(anchor, first, stop)`, in order.
-        stitches: `(group, layer)` of the stitching layer behind each run but the last.
-        sampled: whether training draws it.
-    """
-
-    route: tuple[tuple[int, int, int], ...]
-    stitches: tuple[tuple[int, int], ...] = ()
-    sampled: bool = True
-
-    @property
-    def anchors(self) -> tuple[int, ...]:
-        return tuple(anchor for anchor, _, _ in self.route)
-
-    @property
-    def places(self) -> list[Place]:
-        """Where each of its stitches lies."""
-        return [(a, stop - 1, b, first) for (a, _, stop), (b, first, _) in pairwise(self.route)]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All paths through the anchors, and the groups of stitching layers they share.
-
-    Args:
-        groups: `(front anchor, end anchor, stage, layers)`.
-    """
-
-    paths: list[Path]
-    groups: list[tuple[int, int, int, int]]
-
-
-def nearest_map(front: int, end: int) -> list[int]:
-    """For each of `end` positions the nearest of `front` positions below it, proportionally."""
-    return [i * front // end for i in range(end)]
-
-
-def window_pairs(depth: int, kernel: int, stride: int, *, ahead: bool = False) -> list[tuple[int, int, int]]:
-    """`(front block, end block, layer)` of two anchors of `depth` blocks each.
-
-    A window of `kernel` blocks slides by `stride`; each pair of blocks within it is a stitch, and the pairs that are
-    new in one window share one layer.
-
-    Args:
-        ahead: only pairs that skip a block or more of the end anchor (the rule of pyramids).
-    """
-    pairs: dict[tuple[int, int], int] = {}
-    layer = 0
-    for start in range(0, depth, stride):
-        ids = range(start, min(start + kernel, depth))
-        new = [(i, j) for i in ids for j in ids if (i, j) not in pairs and (i < j or not ahead)]
-        pairs |= dict.fromkeys(new, layer)
-        layer += bool(new)
-    return [(i, j, k) for (i, j), k in pairs.items()]
-
-
-def unequal_pairs(front: int, end: int) -> list[tuple[int, int, int]]:
-    """`(front block, end block, layer)` of a shallow anchor before a deep one: each block of the deep one is entered
-    from the block at the same share of the shallow one.
-
-    The layer is that of the block before, as in the released code: its list of layers is one place behind its pairs.
-    """
-    at = nearest_map(front, end)
-    pairs = [(at[j], j) for j in range(end) if at[j] < j]
-    return [(i, j, layer) for (i, j), layer in zip(pairs, at, strict=False)]
-
-
-def one_way(depths: Sequence[Sequence[int]], *, kernel: int = 2, stride: int = 1, nearest: bool = True) -> Plan:
-    """The anchors, and the paths that lead from smaller anchors to larger ones.
-
-    Args:
-        depths: for each anchor, smallest first, the blocks of its stages.
-        kernel, stride: of the sliding window.
-        nearest: only neighbours in size are joined; otherwise any two, and any three.
-
-    Raises:
-        ValueError: kernel or stride below 1, an anchor shallower than a smaller one, or a setting pyramids lack.
-    """
-    if kernel < 1 or stride < 1:
-        raise ValueError(f"kernel and stride must be at least 1, got kernel={kernel}, stride={stride}")
-    stages = len(depths[0])
-    if stages > 1 and not nearest:
-        raise ValueError("nearest must be True for anchors of several stages")
-    for small, large in pairwise(depths):
-        if any(a > b for a, b in zip(small, large, strict=True)):
-            raise ValueError(f"no stage may have fewer blocks than in a smaller anchor, got {small} before {large}")
-
-    def pairs(front: int, end: int, stage: int) -> list[tuple[int, int, int]]:
-        a, b = depths[front][stage], depths[end][stage]
-        return window_pairs(a, kernel, stride, ahead=stages > 1) if a == b else unequal_pairs(a, b)
-
-    total = [sum(d) for d in depths]
-    paths = [Path(((a, 0, total[a]),)) for a in range(len(depths))]
-    neighbours = [(a, a + 1) for a in range(len(depths) - 1)]
-    groups: list[tuple[int, int, int, int]] = []
-    if stages > 1:
-        for stage in range(stages - 1):
-            for a, b in neighbours:
-                at_a, at_b = sum(depths[a][:stage]), sum(depths[b][:stage])
-                found = pairs(a, b, stage)
-                for i, j, layer in found:
-                    route = ((a, 0, at_a + i + 1), (b, at_b + j, total[b]))
-                    paths.append(Path(route, ((len(groups), layer),)))
-                groups.append((a, b, stage, _layers(found, depths[a][stage], depths[b][stage])))
-        return Plan(paths, groups)
-    joined = neighbours if nearest else list(combinations(range(len(depths)), 2))
-    group = {pair: number for number, pair in enumerate(joined)}
-    lists = {pair: pairs(*pair, 0) for pair in joined}
-    for a, b in joined:
-        for i, j, layer in lists[a, b]:
-            paths.append(Path(((a, 0, i + 1), (b, j, total[b])), ((group[a, b], layer),)))
-        groups.append((a, b, 0, _layers(lists[a, b], total[a], total[b])))
-    for a, b, c in [] if nearest else combinations(range(len(depths)), 3):
-        for i, j, first in lists[a, b]:
-            for k, m, second in lists[b, c]:
-                if k >= j:
-                    route3 = ((a, 0, i + 1), (b, j, k + 1), (c, m, total[c]))
-                    paths.append(Path(route3, ((group[a, b], first), (group[b, c], second))))
-    return Plan(paths, groups)
-
-
-def _layers(pairs: list[tuple[int, int, int]], front: int, end: int) -> int:
-    # Of unequal depth there is a layer for each block of the shallow anchor, used or not.
-    return front if front != end else max((layer for _, _, layer in pairs), default=-1) + 1
-
-
-def two_way(small: int, large: int) -> Plan:
-    """Two anchors of `small` and `large` blocks joined both ways, once or twice a path: S, L, SL, LS, LSL, SLS.
-
-    Raises:
-        ValueError: `large` is no multiple of `small`.
-    """
-    if large % small:
-        raise ValueError(f"the deeper anchor must have a multiple of the blocks of the other, got {large} and {small}")
-    ratio = large // small
-    at = nearest_map(small, large)
-    up = [(i, (i + 1) * ratio, i) for i in range(small)]
-    down = [(i, at[i] + 1, i // ratio) for i in range(large - 1) if large == small or i % 2 == 1]
-    paths = [Path(((0, 0, small),)), Path(((1, 0, large),))]
-    # The stitch behind the last small block leaves no block of the large anchor: a head on a stitch, never trained.
-    paths += [Path(((0, 0, i + 1), (1, j, large)), ((0, k),), i < small - 1) for i, j, k in up]
-    paths += [Path(((1, 0, i + 1), (0, j, small)), ((1, k),)) for i, j, k in down]
-    paths += [
-        Path(((1, 0, i + 1), (0, j, m + 1), (1, n, large)), ((1, k), (0, l)))
-        for i, j, k in down
-        for m, n, l in up[:-1]
-        if m >= j
-    ]
-    paths += [
-        Path(((0, 0, i + 1), (1, j, m + 1), (0, n, small)), ((0, k), (1, l)))
-        for i, j, k in up
-        for m, n, l in down
-        if m >= j
-    ]
-    return Plan(paths, [(0, 1, 0, len(up)), (1, 0, 0, len(down))])
-
-
-def out_indices(depth: int, deepest: int, indices: Sequence[int]) -> list[int]:
-    """The blocks of an anchor of `depth` blocks that stand for the blocks `indices` of one of `deepest` blocks."""
-    at = nearest_map(depth, deepest)
-    return [at[i] for i in indices]
 
 
 class Stitch(nn.Linear):
@@ -279,11 +107,12 @@ class Stitched(nn.Module):
         self.paths = plan.paths
         self.groups = plan.groups
         self.final_norm = final_norm
+
+        def layer(front: int, end: int, stage: int) -> Stitch:
+            return Stitch(stage_width(anchors[front], stage), stage_width(anchors[end], stage), rank)
+
         self.stitches = nn.ModuleList(
-            nn.ModuleList(
-                Stitch(_width(anchors[front], stage), _width(anchors[end], stage), rank) for _ in range(layers)
-            )
-            for front, end, stage, layers in plan.groups
+            nn.ModuleList(layer(*place) for _ in range(layers)) for *place, layers in plan.groups
         )
         nothing = torch.full((len(plan.paths),), float("nan"), dtype=torch.float64)
         self.register_buffer("latencies", nothing)
@@ -328,7 +157,7 @@ class Stitched(nn.Module):
         """
         if isinstance(self.anchors[0], Pyramid):
             raise ValueError("maps is for anchors of one stage; pyramids have features")
-        depths = [len(_blocks(anchor)) for anchor in self.anchors]
+        depths = [len(anchor_blocks(anchor)) for anchor in self.anchors]
         wanted = [set(out_indices(depth, max(depths), at)) for depth in depths]
         network = cast(Isotropic, self.network(self._path))
         h, w = cast(Any, network.stem).grid
@@ -360,7 +189,7 @@ class Stitched(nn.Module):
             owners = [
                 anchor
                 for anchor, first, stop in path.route
-                for at in [_offset(anchors[anchor], stage)]
+                for at in [stage_offset(anchors[anchor], stage)]
                 if first < at + len(anchors[anchor].stages[stage]) and at < stop
             ]
             begins.append(owners[0])
@@ -378,7 +207,7 @@ class Stitched(nn.Module):
         """Stage and module of every block and stitch of `path`, in order."""
         stitches: Any = self.stitches
         for k, (anchor, first, stop) in enumerate(path.route):
-            blocks = _blocks(self.anchors[anchor])
+            blocks = anchor_blocks(self.anchors[anchor])
             yield from blocks[first:stop]
             if k < len(path.stitches):
                 group, layer = path.stitches[k]
@@ -457,7 +286,7 @@ class Stitched(nn.Module):
             sizes: list[int] = []
             hooks = [
                 block.register_forward_hook(lambda _, __, y, sizes=sizes: sizes.append(y.numel() // y.shape[-1]))
-                for _, block in _blocks(anchor)
+                for _, block in anchor_blocks(anchor)
             ]
             try:
                 parts.append(macs(anchor, inputs, per_layer=True).by_module)
@@ -470,14 +299,14 @@ class Stitched(nn.Module):
             (front, _, _), (end, _, _) = path.route[0], path.route[-1]
             cost = parts[front]["stem"] + parts[end]["head"]
             for number, first, stop in path.route:
-                names = _block_names(self.anchors[number])
+                names = block_names(self.anchors[number])
                 cost += sum(parts[number][names[i]] for i in range(first, stop))
                 if isinstance(self.anchors[number], Pyramid):
                     entered = range(1, len(cast(Any, self.anchors[number]).stages))
                     cost += sum(
                         parts[number][f"merges.{s - 1}"]
                         for s in entered
-                        if first <= _offset(self.anchors[number], s) < stop
+                        if first <= stage_offset(self.anchors[number], s) < stop
                     )
             for (number, last, _, _), (group, layer) in zip(path.places, path.stitches, strict=True):
                 cost += tokens[number][last] * cast(Any, self.stitches)[group][layer].weight.numel()
@@ -527,101 +356,3 @@ class Stitched(nn.Module):
             raise ValueError(f"latency_ms must be at least {float(table.min()):.3g} (fastest path), got {latency_ms}")
         judged = self.scores if bool(self.scores[table <= latency_ms].isfinite().any()) else self.latencies
         return int(judged.nan_to_num(nan=-torch.inf).where(table <= latency_ms, -torch.inf).argmax())
-
-
-@torch.no_grad()
-def block_tokens(anchor: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tokens `(tokens, channels)` that each block of `anchor` is given (and last what the head is), and those it
-    gives; padding is left out."""
-    before: list[Tensor] = []
-    after: list[Tensor] = []
-    masks: list[Tensor | None] = [None]
-
-    def note(_: nn.Module, args: Any, __: Any, y: Tensor) -> None:
-        for kept, x in ((before, args[0]), (after, y)):
-            kept.append(x.flatten(0, -2) if masks[-1] is None else x[masks[-1]])
-
-    def note_mask(_: nn.Module, __: Any, y: Any) -> None:
-        masks.append(y[1] if isinstance(y, tuple) else None)
-
-    hooks = [block.register_forward_hook(note, with_kwargs=True) for _, block in _blocks(anchor)]
-    hooks.append(cast(nn.Module, anchor.stem).register_forward_hook(note_mask))
-    try:
-        anchor(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [*before, after[-1]], after
-
-
-def depths_of(anchor: nn.Module) -> tuple[int, ...]:
-    """Blocks of each stage."""
-    if isinstance(anchor, Pyramid):
-        return tuple(len(cast(Any, stage)) for stage in anchor.stages)
-    return (len(_blocks(anchor)),)
-
-
-def check_anchors(anchors: Sequence[nn.Module]) -> None:
-    """Raises a ValueError where models cannot be joined: other trunks than ours, or tokens that do not match."""
-    if len(anchors) < 2:
-        raise ValueError(f"anchors must hold at least two models, got {len(anchors)}")
-    for anchor in anchors:
-        kind: Any = type(anchor)
-        plain = (
-            kind.forward is Isotropic.forward and kind.encode is Isotropic.encode
-            if isinstance(anchor, Isotropic)
-            else isinstance(anchor, Pyramid) and kind.forward is Pyramid.forward
-        )
-        if not plain:
-            raise ValueError(f"anchors must be plain Isotropic or Pyramid trunks, got {kind.__name__}")
-        for stage, block in _blocks(anchor):
-            if getattr(block, "reduces", False):
-                raise ValueError(f"a block of stage {stage} ({type(block).__name__}) changes the number of tokens")
-    facts = [_facts(anchor) for anchor in anchors]
-    for name in facts[0]:
-        values = [fact.get(name) for fact in facts]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"anchors must agree in {name}, got {', '.join(map(str, values))}")
-
-
-def _facts(anchor: nn.Module) -> dict[str, Any]:
-    """What anchors must have in common, as far as it can be read off them."""
-    stem: Any = anchor.stem
-    facts: dict[str, Any] = {
-        "trunk": "pyramid" if isinstance(anchor, Pyramid) else "isotropic",
-        "stages": len(depths_of(anchor)),
-    }
-    if hasattr(stem, "grid"):
-        tokens = getattr(stem, "tokens", None)
-        facts |= {"patch grid": tuple(stem.grid), "learned tokens": 0 if tokens is None else tokens.shape[1]}
-    if isinstance(words := getattr(stem, "words", None), nn.Embedding):
-        facts |= {"vocabulary": words.num_embeddings, "pad_id": getattr(stem, "pad_id", None)}
-    return facts
-
-
-def _blocks(anchor: nn.Module) -> list[tuple[int, nn.Module]]:
-    """Stage and module of every block, in order."""
-    if isinstance(anchor, Pyramid):
-        return [(s, block) for s, stage in enumerate(anchor.stages) for block in stage.children()]
-    return [(0, block) for block in cast(Isotropic, anchor).blocks]
-
-
-def _block_names(anchor: nn.Module) -> list[str]:
-    if isinstance(anchor, Pyramid):
-        return [f"stages.{s}.{i}" for s, depth in enumerate(depths_of(anchor)) for i in range(depth)]
-    return [f"blocks.{i}" for i in range(len(_blocks(anchor)))]
-
-
-def _offset(anchor: nn.Module, stage: int) -> int:
-    """The number of the first block of `stage`."""
-    return sum(depths_of(anchor)[:stage])
-
-
-def _width(anchor: nn.Module, stage: int) -> int:
-    """Channels of a stage."""
-    for at, block in _blocks(anchor):
-        if at == stage:
-            for part in block.modules():
-                if isinstance(part, Mixer):
-                    return part.dim
-    raise ValueError(f"stage {stage} of {type(anchor).__name__} has no token mixer that states its width")
