@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import atomic_path
+from .onnx_sizes import fix_sizes
 
 # Protocol buffers end at 2 GiB; a little is left for the graph itself.
 _MOST_BYTES = 2**31 - 2**24
@@ -130,6 +131,8 @@ def export_onnx(
                     try:
                         with _quiet(heard):
                             _WRITERS[kind](model, first, second, candidate, names_in, names_out, held)
+                        if held == "batch" and kind != "own":
+                            fix_sizes(candidate, (_feed(names_in, first), _feed(names_in, second)))
                         result = _compare(model, candidate, names_in, [first, second, real_inputs], held, tolerance)
                     except Exception as error:  # an exporter may fail in any way its many parts do
                         reasons.append(f"{kind}, {held or 'static'}: {_first_line(error)}")
@@ -363,7 +366,7 @@ def _compare(
     for args in (first, second):
         shapes.append([list(x.shape) for x in args])
         # An input that the model does not read is not in the file.
-        feed = {name: _array(x) for name, x in zip(names, args, strict=True) if name in used}
+        feed = {name: x for name, x in _feed(names, args).items() if name in used}
         theirs = session.run(None, feed)
         ours = [_array(x) for x in _leaves(model(*args))]
         for a, b in zip(ours, theirs, strict=True):
@@ -424,6 +427,10 @@ def _leaves(output: Any) -> list[Tensor]:
 
 def _array(x: Tensor | np.ndarray) -> np.ndarray:
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+
+
+def _feed(names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
+    return {name: _array(x) for name, x in zip(names, inputs, strict=True)}
 
 
 def _numbered(name: str, number: int) -> list[str]:

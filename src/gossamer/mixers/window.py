@@ -76,11 +76,11 @@ class WindowAttention(HeadMixer):
         self.register_buffer("bias_index", g.relative_index(self.size).flatten(), persistent=False)
 
     def forward(self, x: Float[Tensor, "b *grid c"]) -> Float[Tensor, "b *grid c"]:
-        size, shape = self.size, x.shape[1:-1]
+        size, shape = self.size, g.lengths(x)
         if len(shape) != len(size):
             raise ValueError(f"the bias table is for {len(size)} grid axes (axes=), got input {tuple(x.shape)}")
         padded = g.pad_to_multiple(x, size)
-        full = tuple(padded.shape[1:-1])
+        full = g.lengths(padded)
         offset = shift_offset(shape, size, self.shifted, self.small)
         w = self.split(g.shift(padded, [-o for o in offset]), size)
         q, k, v = self.project(w)
@@ -106,7 +106,7 @@ class WindowAttention(HeadMixer):
     ) -> Float[Tensor, "bw n c"]:
         count, n = penalty.shape[:2]
         bias = bias + penalty[:, None]
-        if bias.requires_grad:
+        if bias.requires_grad or torch.onnx.is_in_onnx_export():
             # Written-out attention copies q, k and v anyway. With windows among the heads the bias broadcasts.
             q, k, v = (t.unflatten(0, (-1, count)).flatten(1, 2) for t in (q, k, v))
             y = attention(q, k, v, bias=bias.flatten(0, 1)[None])

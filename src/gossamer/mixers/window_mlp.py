@@ -63,7 +63,7 @@ class WindowMlp(Mixer):
         self.bias = nn.Parameter(torch.empty(heads, n).uniform_(-bound, bound))
 
     def forward(self, x: Float[Tensor, "b *grid c"]) -> Float[Tensor, "b *grid c"]:
-        size, shape = self.size, x.shape[1:-1]
+        size, shape = self.size, g.lengths(x)
         if len(shape) != len(size):
             raise ValueError(f"the map is for {len(size)} grid axes (axes=), got input {tuple(x.shape)}")
         offset = shift_offset(shape, size, self.shifted, self.small)
@@ -71,7 +71,7 @@ class WindowMlp(Mixer):
         after = [-(n + b) % s for n, b, s in zip(shape, before, size, strict=True)]
         if any(before) or any(after):
             x = F.pad(x, [0, 0] + [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair])
-        full = tuple(x.shape[1:-1])
+        full = g.lengths(x)
         w = g.windows(x, size).unflatten(-1, (self.heads, -1))
         # (heads, tokens, windows * channels): one product for each head does all windows.
         mixed = torch.baddbmm(self.bias[:, :, None], self.weight, w.permute(2, 1, 0, 3).flatten(2))

@@ -19,6 +19,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def lengths(x: Float[Tensor, "b *grid c"]) -> tuple[int, ...]:
+    """Sizes of the grid axes, as numbers; a tracer gives tensors, and is held to them."""
+    return tuple(int(n) if isinstance(n, Tensor) else n for n in x.shape[1:-1])
+
+
 def pad_to_multiple(x: Float[Tensor, "b *grid c"], size: Sequence[int]) -> Float[Tensor, "b *padded c"]:
     """Zero-pads the end of each grid axis to a multiple of `size`."""
     grid = x.shape[1:-1]
@@ -77,6 +82,11 @@ def undilated_windows(
 def shift(x: Float[Tensor, "b *grid c"], offset: Sequence[int]) -> Float[Tensor, "b *grid c"]:
     """Cyclic shift: token p moves to `p + offset`, modulo the grid."""
     if not any(offset):
+        return x
+    if torch.onnx.is_in_onnx_export():
+        # One gather an axis; written out, a roll is two slices and a concatenation.
+        for axis, (moved, length) in enumerate(zip(offset, lengths(x), strict=True), 1):
+            x = x.index_select(axis, (torch.arange(length, device=x.device) - moved) % length)
         return x
     return torch.roll(x, tuple(offset), tuple(range(1, x.ndim - 1)))
 
