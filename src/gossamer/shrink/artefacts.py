@@ -181,8 +181,7 @@ class Workshop:
 
     def together(self, files: list[Path], *, seconds: float) -> list[Latency]:
         """Latency of each file on one sample, all timed in turn."""
-        timing = latency({str(i): self._caller(path) for i, path in enumerate(files)}, budget_s=seconds)
-        return [timing[str(i)] for i in range(len(files))]
+        return together(files, self.one, seconds=seconds)
 
     def _judge(self, path: str | Path) -> float:
         return float(self.task.metrics(*self.outputs(path, self.data.val, limit=1000))[self.task.metric])
@@ -226,6 +225,12 @@ def file_cost(path: Path, inputs: tuple[Tensor, ...], *, seconds: float = 0.4) -
     """Latency of an exported file on one sample: the median in ms, and the interval it lies in."""
     timing = latency({"file": _caller(path, inputs)}, budget_s=seconds)["file"]
     return timing.median_ms, (timing.low_ms, timing.high_ms)
+
+
+def together(files: list[Path], inputs: tuple[Tensor, ...], *, seconds: float) -> list[Latency]:
+    """Latency of each exported file on one sample, all timed in turn."""
+    timing = latency({str(i): _caller(path, inputs) for i, path in enumerate(files)}, budget_s=seconds)
+    return [timing[str(i)] for i in range(len(files))]
 
 
 def _caller(path: Path, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:

@@ -33,6 +33,7 @@ Batch = tuple[tuple[Tensor, ...], Tensor]
 
 FAMILIES = (
     "structured pruning",
+    "depth",
     "sparsity",
     "factorisation",
     "token reduction",
@@ -44,6 +45,7 @@ FAMILIES = (
 )
 Family = Literal[
     "structured pruning",
+    "depth",
     "sparsity",
     "factorisation",
     "token reduction",
@@ -163,8 +165,10 @@ class Calibration:
             yield self.task.batch(part, chosen, train=False)
 
     def loss(self, model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
-        """The task's loss of one batch."""
-        return self.task.loss(model(*inputs).float(), target)
+        """The task's loss of one batch; of a model of several answers, their mean."""
+        output = model(*inputs)
+        answers = output if isinstance(output, tuple) else (output,)
+        return torch.stack([self.task.loss(answer.float(), target) for answer in answers]).mean()
 
     def score(self, model: nn.Module, *, limit: int | None = 1000) -> float:
         """The task's metric on (at most `limit` items of) the validation split."""

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import combinations
@@ -40,12 +41,12 @@ from gossamer.shrink.report import write_report
 from gossamer.shrink.subject import Subject, open_subject, read_for
 from gossamer.tasks import create_task
 from gossamer.tasks.base import Task
-from gossamer.train import Trainer
+from gossamer.train import Diverged, Trainer
 from gossamer.train.clock import Clock
 from gossamer.train.progress import Progress
 
 # Passes the search tries by itself: one shot, no training of their own. Others are for recipes.
-TRIED = ("optin", "greenformers", "merging", "latency_widths", "magnitude", "dependency")
+TRIED = ("optin", "greenformers", "depth", "merging", "latency_widths", "magnitude", "dependency")
 # What they are called with beyond `keep`, where it is not their default.
 SETTINGS: dict[str, dict[str, Any]] = {"greenformers": {"solver": "whitened"}}
 SCREENED = 500  # validation items a trial is judged by
@@ -58,6 +59,9 @@ LEAST_KEEP = 0.05
 LOOK_FROM_S = 600.0  # from this much time on, the sensitivity of each layer to int8 is reported
 RATES = (3e-5, 2e-4, 1e-3)  # learning rates tried for recovery, each for this share of its time
 PROBED = 0.07
+BATCHES = (32, 64, 128)  # batch sizes of recovery: the largest that pays, a sample taking this share of before
+PAYS = 0.8
+HINTED = 0.15  # of the time left after the trials goes into a short recovery of each way, to choose among them
 COSTS = ("latency", "size", "params", "macs")
 
 
@@ -68,6 +72,7 @@ class Trial:
     Args:
         recipe: passes with settings, in order.
         val: the task's metric on `SCREENED` validation items, before any training.
+        hint: the same after a short recovery, where there were more ways than could be followed.
         cost: of the exported float file.
         status: `tried`, `failed`, `finished`.
     """
@@ -79,6 +84,7 @@ class Trial:
     seconds: float = 0.0
     status: str = "tried"
     why: str = ""
+    hint: float | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -228,13 +234,32 @@ class _Run:
         best: dict[tuple[str, ...], Trial] = {}
         for trial in self._ranked():
             best.setdefault(tuple(entry["pass"] for entry in trial.recipe), trial)
-        chosen = list(best.values())[:count]
+        chosen = self._hinted(list(best.values()), HINTED * left)[:count]
         for place, trial in enumerate(chosen):
             more = len(chosen) - place
             left = self.clock.left - self.pace["test_s"] - more * self.pace["files_s"]
             self._finish(trial, before, max(0.0, left / more))
             if self.clock.interrupted:
                 break
+
+    def _hinted(self, ways: list[Trial], seconds: float) -> list[Trial]:
+        """Ways within reach by what a short recovery makes of each: what loses most at once may be mended best."""
+        near = [t for t in ways if self._reach(t) <= 1 + CLOSE]
+        if len(near) < 2:
+            return ways
+        for trial in near:
+            place = self.folder / "trials" / _stem(trial.name)
+            if trial.hint is None and not self.clock.interrupted:
+                self.progress.tell(f"a short recovery of {trial.name}")
+                trainer = self._trainer(self._restore(place / "model"), RATES[1])
+                with suppress(Diverged):
+                    trainer.train(seconds=seconds / len(near), schedule="linear", stop=lambda: self.clock.interrupted)
+                with trainer.averaged():
+                    trial.hint = self.calibration.score(trainer.model, limit=SCREENED)
+                write_json(place / "trial.json", plain(asdict(trial)))
+        worth = {id(t): self.sign * float((t.val if t.hint is None else t.hint) or 0) for t in near}
+        near.sort(key=lambda t: (math.isnan(worth[id(t)]), -worth[id(t)]))
+        return near
 
     def _strengths(self, before: Point, small: Point | None) -> list[dict[str, float]]:
         """Shares of the costs a float file must reach: for itself, and for its int8 form to be within the budget."""
@@ -350,7 +375,9 @@ class _Run:
         for trial in self._ranked():
             if len(trial.recipe) == 1:
                 best.setdefault(find_pass(trial.recipe[0]["pass"]).family, trial)
-        for a, b in list(combinations(best.values(), 2))[:2]:
+        # Fewer parts and cheaper parts save different things: that pair is always looked at.
+        pairs = sorted(combinations(best.values(), 2), key=lambda pair: not any("depth" in t.name for t in pair))
+        for a, b in pairs[:3]:
             if self.clock.over(screen_by):
                 return
             # Tokens last: what a pruned part is worth is better seen with all of them.
@@ -413,13 +440,16 @@ class _Run:
         rate = state.with_name("rate.json")
         if not rate.exists():
             scores = {}
+            size = self._batch_size(model)
             for lr in RATES:
-                probe = self._trainer(copy.deepcopy(model), lr)
-                probe.train(seconds=PROBED * seconds, schedule="linear", stop=lambda: self.clock.interrupted)
+                probe = self._trainer(copy.deepcopy(model), lr, size)
+                with suppress(Diverged):
+                    probe.train(seconds=PROBED * seconds, schedule="linear", stop=lambda: self.clock.interrupted)
                 with probe.averaged():
                     scores[lr] = self.sign * self.calibration.score(probe.model, limit=SCREENED)
-            write_json(rate, {"lr": max(scores, key=lambda lr: (not math.isnan(scores[lr]), scores[lr]))})
-        trainer = self._trainer(model, read_json(rate)["lr"])
+            best = max(scores, key=lambda lr: (not math.isnan(scores[lr]), scores[lr]))
+            write_json(rate, {"lr": best, "batch_size": size})
+        trainer = self._trainer(model, **read_json(rate))
         if state.exists():
             trainer.load(state)
         last = time.perf_counter()
@@ -431,14 +461,32 @@ class _Run:
                 trainer.save(state)
 
         left = seconds * (1 - len(RATES) * PROBED)
-        trainer.train(seconds=left, schedule="linear", on_step=on_step, stop=lambda: self.clock.interrupted)
+        with suppress(Diverged):  # what is left is scored, and not kept
+            trainer.train(seconds=left, schedule="linear", on_step=on_step, stop=lambda: self.clock.interrupted)
         if trainer.ema is not None and trainer.ema.steps:
             trainer.ema.swap()
         model.eval()
         return trainer.steps
 
-    def _trainer(self, model: nn.Module, lr: float) -> Trainer:
-        return self.calibration.trainer(model, teacher=self.model, lr=lr, ema=0.98)
+    def _batch_size(self, model: nn.Module) -> int:
+        """The largest of `BATCHES` at which a sample takes clearly less time than at the one before."""
+        best, before = BATCHES[0], math.inf
+        for size in BATCHES:
+            if 8 * size > len(self.data.train):
+                break
+            trainer = self._trainer(copy.deepcopy(model), RATES[0], size)
+            trainer.train(steps=1)
+            begun = time.perf_counter()
+            trainer.train(steps=3)
+            each = (time.perf_counter() - begun) / (2 * size)
+            if each > PAYS * before:
+                break
+            best, before = size, each
+        return best
+
+    def _trainer(self, model: nn.Module, lr: float, batch_size: int = BATCHES[0]) -> Trainer:
+        settings: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "ema": 0.98, "precision": "auto"}
+        return self.calibration.trainer(model, teacher=self.model, **settings)
 
     def _recipe(self, before: Point, recipe: list[dict[str, Any]]) -> None:
         """The user's own passes in order; `recover` trains, and each step's files are made and gated."""

@@ -247,18 +247,9 @@ class _Search:
 
     def _branches(self) -> list[Element]:
         """Branches that are there, from the last block to the first; attention before the MLP of the block before."""
-        found = []
-        for name, block in reversed(self.blocks.items()):
-            if block.residual == "single":
-                # One branch holds both: without it the block is the identity.
-                leaves = ["mlp"] if block.mlp is not None else []
-            else:
-                leaves = ["mlp", "mixer"]
-            for leaf in leaves:
-                part = getattr(block, leaf)
-                if part is not None and not isinstance(part, Absent):
-                    found.append(Element(f"{name}.{leaf}"))
-        return found
+        return [
+            Element(f"{name}.{leaf}") for name, block in reversed(self.blocks.items()) for leaf in branches_of(block)
+        ]
 
     def _axes(self, branch: str) -> list[tuple[str, str, int]]:
         """`(part, axis, width)` of what can be masked and sliced within a branch."""
@@ -450,6 +441,14 @@ class _Search:
         return found
 
 
+def branches_of(block: Block) -> list[str]:
+    """Names of the branches that are there, the last first."""
+    # Where one branch holds both, the block is the identity without it.
+    leaves = ["mlp"] if block.residual == "single" else ["mlp", "mixer"]
+    there = [getattr(block, leaf) for leaf in leaves]
+    return [leaf for leaf, part in zip(leaves, there, strict=True) if part is not None and not isinstance(part, Absent)]
+
+
 def _within(part: str, branch: str) -> bool:
     return part == branch or part.startswith(f"{branch}.")
 
@@ -488,7 +487,7 @@ def _tune(
     steps = max(1, round(epochs * trainer.steps_per_epoch))
     after = math.inf
     with suppress(Diverged):
-        trainer.train(steps=steps, seconds=seconds if math.isfinite(seconds) else None, schedule="linear")
+        trainer.train(steps=steps, seconds=seconds, schedule="linear")
         model.eval()
         after = search.loss()
     if after < search.now:
