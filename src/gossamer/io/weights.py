@@ -25,7 +25,7 @@ GIB = 2**30
 
 # Where training scripts put the weights, outermost first; the raw ones are preferred to a moving average. Of a
 # self-supervised run, which keeps student and teacher, the teacher is taken: it is the steadier one.
-_WRAPPERS = ("model", "model_state", "state_dict", "model_ema", "teacher", "student")
+_WRAPPERS = ("model", "model_state", "model_state_dict", "state_dict", "model_ema", "teacher", "student")
 
 # NumPy's maker of scalars, which moved between versions of NumPy and is a private name in both.
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -43,8 +43,8 @@ _PLAIN: list[Any] = [
 def read_checkpoint(path: str | Path, *, max_bytes: int = 16 * GIB) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU.
 
-    Nested `model`, `model_state`, `state_dict`, `model_ema`, `teacher` and `student` are unwrapped, and `module.` is
-    taken off where every key has it.
+    Nested `model`, `model_state`, `model_state_dict`, `state_dict`, `model_ema`, `teacher` and `student` are unwrapped,
+    and `module.` is taken off where every key has it.
 
     Args:
         path: a safetensors file, or one that `torch.save` wrote.
