@@ -25,7 +25,7 @@ from gossamer.models import create_model
 from gossamer.models.folder import save
 from gossamer.shrink import passes
 
-__all__ = ["apply", "check_recipe", "load", "read_recipe", "register_step", "replay", "save"]
+__all__ = ["apply", "check_recipe", "load", "note", "read_recipe", "register_step", "replay", "save"]
 
 Stepper = Callable[[nn.Module, dict[str, Any]], None]
 _STEPS: dict[str, Stepper] = {}
@@ -112,8 +112,13 @@ def apply(model: nn.Module, step: dict[str, Any]) -> nn.Module:
     if name not in _STEPS:
         raise ValueError(f"step must be one of {sorted(_STEPS)}, got {name!r}")
     _STEPS[name](model, step)
-    setattr(model, "recipe", [*getattr(model, "recipe", []), step])  # noqa: B010 (a plain attribute of a module)
+    note(model, step)
     return model
+
+
+def note(model: nn.Module, step: dict[str, Any]) -> None:
+    """Notes a step that was carried out already."""
+    setattr(model, "recipe", [*getattr(model, "recipe", []), step])  # noqa: B010 (a plain attribute of a module)
 
 
 def replay(model: nn.Module, recipe: list[dict[str, Any]]) -> nn.Module:

@@ -1,9 +1,8 @@
-"""What passes that drop tokens share: which models they work on, and the training after the change."""
+"""What passes that drop tokens share: which models they work on, and how their blocks are exchanged."""
 
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,42 +114,6 @@ def wrap(model: Any, index: int, make: Callable[[Block], nn.Module]) -> None:
         raise ValueError(f"block must be the number of a plain block, 0 … {len(blocks) - 1}, got {index}")
     made = make(blocks[index])
     blocks[index] = made.to(next(blocks[index].parameters()).device).train(model.training)
-
-
-def recover(
-    model: nn.Module,
-    calibration: Calibration,
-    *,
-    steps: int | None,
-    lr: float,
-    began: float,
-    teacher: nn.Module | None = None,
-    objective: Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor] | None = None,
-    share: float = 1.0,
-) -> float:
-    """Trains `model` for `steps` (three epochs by default), within the share of what is left of the calibration's time.
-
-    Args:
-        began: `time.perf_counter()` when the pass started.
-
-    Returns:
-        The mean loss, NaN if there was no step.
-    """
-    left = (calibration.seconds - (time.perf_counter() - began)) * share
-    if left <= 0 or steps == 0:
-        return float("nan")
-    trainer = calibration.trainer(model, teacher=teacher, objective=objective, lr=lr, ema=0.0)
-    count = 3 * trainer.steps_per_epoch if steps is None else steps
-    loss = trainer.train(steps=count, seconds=None if left == float("inf") else left, schedule="linear")
-    trainer.optimiser.zero_grad()
-    model.eval()
-    return loss
-
-
-def check_steps(steps: int | None) -> None:
-    """Raises a ValueError where a number of steps is negative."""
-    if steps is not None and steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
 
 
 def needs_sizes(model: Any) -> bool:

@@ -28,7 +28,7 @@ from gossamer.measure import Latency, latency, macs
 from gossamer.ops import tokens as ops
 from gossamer.shrink.base import Calibration, Unsupported, check_share, find_pass, passes, run_pass
 from gossamer.shrink.passes.merging import mergeable, removals, wrap_blocks
-from gossamer.shrink.sequences import check_steps, recover
+from gossamer.shrink.recovery import check_steps, recover
 
 HALVINGS = 7
 

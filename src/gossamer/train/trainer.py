@@ -105,7 +105,7 @@ class Trainer:
         on_step: Callable[[float], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> float:
-        """Goes on with the phase until it has had `steps` or `seconds`, or `stop()` is true.
+        """Goes on with the phase until it has had `steps` or `seconds` (infinite: no limit), or `stop()` is true.
 
         Returns:
             The mean loss of the steps taken, NaN if there was none.

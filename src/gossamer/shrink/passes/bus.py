@@ -26,7 +26,8 @@ from gossamer.layers.ranking import share_up
 from gossamer.layers.summary import PatchAbstraction, SummaryBlock
 from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
 from gossamer.shrink.recipe import apply, register_step
-from gossamer.shrink.sequences import check_steps, need_class_token, recover, sequence_of, wrap
+from gossamer.shrink.recovery import check_steps, recover
+from gossamer.shrink.sequences import need_class_token, sequence_of, wrap
 
 LEAST_ALPHA = 0.3
 

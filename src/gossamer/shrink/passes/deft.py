@@ -19,7 +19,6 @@ Transformers"; code of the authors (IBM/DEFT).
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -112,7 +111,7 @@ def deft(
         trainer = calibration.trainer(model, objective=objective, lr=lr, ema=0.0, weight_decay=0.0)
         total = steps or 3 * trainer.steps_per_epoch
         left = calibration.seconds - (time.perf_counter() - start) - once
-        trainer.train(steps=total, seconds=left if math.isfinite(left) else None, schedule="linear")
+        trainer.train(steps=total, seconds=left, schedule="linear")
     finally:
         _merge(model)
         for p in model.parameters():

@@ -20,17 +20,17 @@ solvers are in `gossamer.layers.dense_sparse`.
 from __future__ import annotations
 
 import copy
-import math
 import time
 
 from torch import nn
 
 from gossamer.layers import Block
 from gossamer.layers.dense_sparse import DenseSparseLinear, StraightThroughLinear, solve, solve_config
-from gossamer.layers.exchange import exchange
+from gossamer.layers.exchange import exchange, exchange_linear
 from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
 from gossamer.shrink.products import Product, products
-from gossamer.shrink.recipe import register_step
+from gossamer.shrink.recipe import note, register_step
+from gossamer.shrink.recovery import check_steps, recover
 
 # Of the time, what choosing sizes and solving may take.
 SOLVING = 0.4
@@ -70,8 +70,7 @@ def dsformer(
         raise ValueError(f"group, basis and nonzeros must be given together, got {', '.join(sizes)} alone")
     if any(size < 1 for size in sizes.values()) or (sizes and sizes["nonzeros"] > sizes["basis"]):
         raise ValueError(f"group and basis must be at least 1, nonzeros in 1 … basis; got {sizes}")
-    if steps is not None and steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
+    check_steps(steps)
     if keep == 1 and not sizes:
         return []
     start = time.perf_counter()
@@ -96,16 +95,12 @@ def dsformer(
         new = StraightThroughLinear(layer.in_features, vectors, coefficients, size["nonzeros"], layer.bias)
         exchange(model, product.name, new.train(layer.training))
         learning[product.name] = new
-    if teacher is not None:
-        trainer = calibration.trainer(model, teacher=teacher, lr=lr, ema=0.0)
-        total = 3 * trainer.steps_per_epoch if steps is None else steps
-        left = calibration.seconds - (time.perf_counter() - start)
-        trainer.train(steps=total, seconds=left if math.isfinite(left) else None, schedule="linear")
+    recover(model, calibration, steps=steps, lr=lr, began=start, teacher=teacher)
     taken: list[Step] = []
     for name, trained in learning.items():
         exchange(model, name, trained.stored())
         step = {"step": "dsformer.dense_sparse", "part": name, **(chosen[name] or {})}
-        setattr(model, "recipe", [*getattr(model, "recipe", []), step])  # noqa: B010 (a plain attribute of a module)
+        note(model, step)
         taken.append(step)
     model.eval()
     return taken
@@ -113,12 +108,7 @@ def dsformer(
 
 @register_step("dsformer.dense_sparse")
 def _dense_sparse(model: nn.Module, step: Step) -> None:
-    layer = model.get_submodule(step["part"])
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{step['part']} ({type(layer).__name__}) is no linear layer")
-    sizes = {name: step[name] for name in ("group", "basis", "nonzeros")}
-    new = DenseSparseLinear(layer.in_features, layer.out_features, bias=layer.bias is not None, **sizes)
-    exchange(model, step["part"], new.to(layer.weight).train(layer.training))
+    exchange_linear(model, step["part"], DenseSparseLinear, **{n: step[n] for n in ("group", "basis", "nonzeros")})
 
 
 def block_layers(model: nn.Module, calibration: Calibration) -> list[Product]:

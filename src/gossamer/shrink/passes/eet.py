@@ -30,7 +30,8 @@ from gossamer.layers.class_attention import ContentBlock, attend, content_map
 from gossamer.layers.reduce import second_branch
 from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
 from gossamer.shrink.recipe import apply, register_step
-from gossamer.shrink.sequences import check_steps, need_class_token, recover, sequence_of, wrap
+from gossamer.shrink.recovery import check_steps, recover
+from gossamer.shrink.sequences import need_class_token, sequence_of, wrap
 
 # Where tokens leave, in twelfths of the depth, and which power of t stays of the first ones.
 PLACES = ((4, 1), (8, 2), (10, 4))

@@ -23,7 +23,6 @@ the last epoch: blocks that rounding hurts most are pulled hardest.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,11 +33,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gossamer.layers import Block
-from gossamer.layers.exchange import exchange
+from gossamer.layers.exchange import exchange, exchange_linear
 from gossamer.layers.sparse_quant import SparseQuantLinear, SparseTrainingLinear, check_bits, group_width
 from gossamer.shrink.base import Calibration, Step, Unsupported, register_pass
 from gossamer.shrink.products import products
-from gossamer.shrink.recipe import register_step
+from gossamer.shrink.recipe import note, register_step
+from gossamer.shrink.recovery import check_steps
 
 # Numbers of each layer's input that its scale is chosen by.
 SAMPLED = 8192
@@ -80,8 +80,7 @@ def gpusq_vit(
             raise ValueError(f"{name} must be at least 0, got {value}")
     if inputs not in ("float", "int"):
         raise ValueError(f"inputs must be float or int, got {inputs!r}")
-    if steps is not None and steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
+    check_steps(steps)
     pairs = bits == 4 if paired is None else paired
     layers = sparse_layers(model, calibration, paired=pairs)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
@@ -104,13 +103,13 @@ def gpusq_vit(
             objective.period = trainer.steps_per_epoch
             total = 2 * trainer.steps_per_epoch if steps is None else steps
             end = calibration.seconds * (stage + 1) / stages - (time.perf_counter() - start)
-            trainer.train(steps=total, seconds=end if math.isfinite(end) else None, schedule="linear")
+            trainer.train(steps=total, seconds=end, schedule="linear")
     taken: list[Step] = []
     rounded = bits if inputs == "int" else 32
     for name, part in learning.items():
         exchange(model, name, part.stored(input_bits=rounded))
         step: Step = {"step": "gpusq_vit.sparse", "part": name, "bits": bits, "paired": pairs, "input_bits": rounded}
-        setattr(model, "recipe", [*getattr(model, "recipe", []), step])  # noqa: B010 (a plain attribute of a module)
+        note(model, step)
         taken.append(step)
     model.eval()
     return taken
@@ -118,12 +117,7 @@ def gpusq_vit(
 
 @register_step("gpusq_vit.sparse")
 def _sparse(model: nn.Module, step: Step) -> None:
-    layer = model.get_submodule(step["part"])
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{step['part']} ({type(layer).__name__}) is no linear layer")
-    settings = {name: step[name] for name in ("bits", "paired", "input_bits")}
-    new = SparseQuantLinear(layer.in_features, layer.out_features, bias=layer.bias is not None, **settings)
-    exchange(model, step["part"], new.to(layer.weight).train(layer.training))
+    exchange_linear(model, step["part"], SparseQuantLinear, **{n: step[n] for n in ("bits", "paired", "input_bits")})
 
 
 def sparse_layers(model: nn.Module, calibration: Calibration, *, paired: bool = False) -> dict[str, nn.Linear]:

@@ -41,7 +41,7 @@ from gossamer.layers.integer_blocks import IntegerBlock
 from gossamer.layers.integer_ends import Answer, ImageStem, WordStem, integer_stem
 from gossamer.mixers.attention import Attention
 from gossamer.shrink.base import Calibration, Step, Unsupported, register_pass
-from gossamer.shrink.recipe import register_step
+from gossamer.shrink.recipe import note, register_step
 from gossamer.trunks import Isotropic
 
 HEADS = (Classifier, DenseClassifier, DistilledClassifier, SentenceVector)
@@ -181,7 +181,7 @@ def i_segmenter(
         trainer.train(steps=steps, seconds=0.7 * calibration.seconds, schedule="linear")
     settle(model, batches[0])
     step: Step = {"step": "i_segmenter.integers"}
-    setattr(model, "recipe", [*getattr(model, "recipe", []), step])  # noqa: B010 (a plain attribute of a module)
+    note(model, step)
     return [step]
 
 

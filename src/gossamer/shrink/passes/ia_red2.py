@@ -37,7 +37,8 @@ from gossamer.layers.interpreter import (
 )
 from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
 from gossamer.shrink.recipe import apply, register_step
-from gossamer.shrink.sequences import check_steps, recover, sequence_of, wrap
+from gossamer.shrink.recovery import check_steps, recover
+from gossamer.shrink.sequences import sequence_of, wrap
 
 TAU = 0.5
 # Answers that are no classes are right if they point where the dense model's do.

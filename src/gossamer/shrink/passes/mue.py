@@ -30,7 +30,7 @@ from gossamer.layers import Block
 from gossamer.layers.saturation import Saturation, check_copies, check_threshold
 from gossamer.measure import macs
 from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
-from gossamer.shrink.recipe import register_step
+from gossamer.shrink.recipe import note, register_step
 from gossamer.tasks.base import Task
 from gossamer.trunks import Isotropic
 
@@ -158,7 +158,7 @@ def mue(
         threshold = choose_threshold(model, [x for x, _ in calibration.batches(samples)], keep)
     stack.threshold = step["threshold"] = float(threshold)
     # Carried out already, to train: only noted.
-    setattr(model, "recipe", [*getattr(model, "recipe", []), step])  # noqa: B010 (a plain attribute of a module)
+    note(model, step)
     return [step]
 
 

@@ -47,7 +47,7 @@ from gossamer.models.registry import config_of, create_model
 from gossamer.ops.transport import exact_plan, sinkhorn_plan
 from gossamer.shrink.base import Calibration, Step, Unsupported, register_pass
 from gossamer.shrink.passes.snnet import become
-from gossamer.shrink.recipe import load, register_step, replay
+from gossamer.shrink.recipe import load, note, register_step, replay
 from gossamer.trunks.isotropic import Isotropic
 
 Map = Tensor | None
@@ -147,7 +147,7 @@ def otfusion(
     narrow = copy.deepcopy(anchor)
     narrow.load_state_dict(fused)
     become(model, narrow)
-    setattr(model, "recipe", [*getattr(model, "recipe", []), step])  # noqa: B010 (a plain attribute of a module)
+    note(model, step)
     return [step]
 
 

@@ -29,7 +29,8 @@ from torch import nn
 from gossamer.layers.depth import DepthBlock
 from gossamer.shrink.base import Calibration, Step, check_share, register_pass
 from gossamer.shrink.recipe import apply, register_step
-from gossamer.shrink.sequences import check_steps, recover, sequence_of, wrap
+from gossamer.shrink.recovery import check_steps, recover
+from gossamer.shrink.sequences import sequence_of, wrap
 
 Decay = Literal["cosine", "linear", "fixed", "interleaved"]
 MOST, LEAST = 0.85, 0.15

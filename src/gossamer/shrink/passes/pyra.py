@@ -97,16 +97,12 @@ def pyra(
 
     def objective(net: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         still(model)
-        answers = net(*inputs)
-        losses = [
-            calibration.task.loss(a.float(), target) for a in (answers if isinstance(answers, tuple) else [answers])
-        ]
-        return torch.stack(losses).mean()
+        return calibration.loss(net, inputs, target)
 
     trainer = calibration.trainer(
         model, objective=objective, lr=lr, weight_decay=1e-4, warmup=max(1, steps // 10), ema=0.0
     )
-    trainer.train(steps=steps, seconds=_left(calibration.seconds, start), schedule="cosine")
+    trainer.train(steps=steps, seconds=calibration.seconds - (time.perf_counter() - start), schedule="cosine")
     fold_lora(model)
     for parameter in model.parameters():
         parameter.requires_grad_(frozen.get(parameter, True))
@@ -157,7 +153,3 @@ def still(model: Any) -> None:
 
 def _mixers(model: Any) -> list[tuple[str, Any]]:
     return [(f"blocks.{i}.mixer", getattr(block, "block", block).mixer) for i, block in enumerate(model.blocks)]
-
-
-def _left(seconds: float, start: float) -> float | None:
-    return None if seconds == float("inf") else max(seconds - (time.perf_counter() - start), 0.0)

@@ -27,11 +27,12 @@ from gossamer.measure import macs
 from gossamer.models.registry import config_of, create_model
 from gossamer.models.stitched import join
 from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
-from gossamer.shrink.recipe import load, register_step, replay
+from gossamer.shrink.recipe import load, note, register_step, replay
 from gossamer.tasks.base import Task
 from gossamer.trunks.stitched import Stitched
 
 Objective = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+Draw = Callable[[], int]
 
 
 @register_pass(
@@ -72,16 +73,42 @@ def snnet(
     """
     if kernel < 1 or stride < 1:
         raise ValueError(f"kernel and stride must be at least 1, got kernel={kernel}, stride={stride}")
-    begun = time.perf_counter()
     settings = {"kernel": kernel, "stride": stride, "nearest": nearest}
+
+    def uniform(joined: Stitched, teacher: nn.Module) -> tuple[Objective, Draw]:
+        chance = torch.Generator().manual_seed(calibration.seed)
+        objective = hard_distillation(calibration.task, teacher)
+        return objective, lambda: int(torch.randint(len(joined.paths), (), generator=chance))
+
+    return join_family(
+        model, calibration, family, settings, uniform, keep=keep, samples=samples, epochs=epochs, lr=lr, single=single
+    )
+
+
+def join_family(
+    model: nn.Module,
+    calibration: Calibration,
+    family: Sequence[nn.Module | str | Path],
+    settings: dict[str, Any],
+    lesson: Callable[[Stitched, nn.Module], tuple[Objective, Draw]],
+    *,
+    keep: float,
+    samples: int,
+    epochs: float,
+    lr: float,
+    single: bool,
+) -> list[Step]:
+    """The pass, for either way to join: stitches, trains, chooses.
+
+    Args:
+        settings: of `gossamer.models.stitched.join`.
+        lesson: of the joined model and a copy of the largest anchor as it was, the loss and which path a step runs.
+    """
+    begun = time.perf_counter()
     teacher, step = stitch(model, calibration, family, samples=samples, keep=keep, settings=settings)
     assert isinstance(model, Stitched)
-    chance = torch.Generator().manual_seed(calibration.seed)
-
-    def draw() -> int:
-        return int(torch.randint(len(model.paths), (), generator=chance))
-
-    train(model, calibration, hard_distillation(calibration.task, teacher), draw, begun, epochs=epochs, lr=lr)
+    objective, draw = lesson(model, teacher)
+    train(model, calibration, objective, draw, begun, epochs=epochs, lr=lr)
     return [step, *settle(model, calibration, begun, keep=keep, single=single)]
 
 
@@ -129,7 +156,7 @@ def stitch(
     }
     teacher = copy.deepcopy(anchors[order[-1]]).eval()
     become(model, joined)
-    _note(model, step)
+    note(model, step)
     return teacher, step
 
 
@@ -153,7 +180,7 @@ def train(
     model: Stitched,
     calibration: Calibration,
     objective: Objective,
-    draw: Callable[[], int],
+    draw: Draw,
     begun: float,
     *,
     epochs: float,
@@ -171,7 +198,7 @@ def train(
     left = calibration.seconds * 2 / 3 - (time.perf_counter() - begun)
     steps = ceil(epochs * trainer.steps_per_epoch)
     if steps and left > 0:
-        trainer.train(steps=steps, seconds=None if left == inf else left, schedule="cosine")
+        trainer.train(steps=steps, seconds=left, schedule="cosine")
 
 
 def settle(model: nn.Module, calibration: Calibration, begun: float, *, keep: float, single: bool) -> list[Step]:
@@ -197,7 +224,7 @@ def settle(model: nn.Module, calibration: Calibration, begun: float, *, keep: fl
         return []
     step = {"step": "stitch.single", "path": model.path}
     _single(model, step)
-    _note(model, step)
+    note(model, step)
     return [step]
 
 
@@ -206,10 +233,6 @@ def become(model: nn.Module, other: nn.Module) -> None:
     kept = {name: model.__dict__[name] for name in ("config", "recipe") if name in model.__dict__}
     object.__setattr__(model, "__class__", type(other))
     object.__setattr__(model, "__dict__", {**other.__dict__, **kept})
-
-
-def _note(model: nn.Module, step: Step) -> None:
-    setattr(model, "recipe", [*getattr(model, "recipe", []), step])  # noqa: B010 (a plain attribute of a module)
 
 
 @register_step("stitch.join")

@@ -12,7 +12,6 @@ Source: Pan, Liu, He, Cai, Zhuang 2023, "Stitched ViTs are Flexible Vision Backb
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.shrink.base import Calibration, Step, register_pass
-from gossamer.shrink.passes.snnet import settle, stitch, train
+from gossamer.shrink.passes.snnet import Draw, Objective, join_family
 from gossamer.trunks.stitched import Stitched
 
 
@@ -66,26 +65,19 @@ def snnet_v2(
     for name, value in (("gap", gap), ("slope", slope)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
-    begun = time.perf_counter()
-    _, step = stitch(model, calibration, family, samples=samples, keep=keep, settings={"ways": 2, "rank": rank})
-    assert isinstance(model, Stitched)
-    cost = model.costs(calibration.example())
-    if gap is None:
-        gap = max(1.0, (max(cost) - min(cost)) / 12)
-    groups = group_by_cost({i: cost[i] for i, path in enumerate(model.paths) if path.sampled}, gap)
-    chances = group_chances(len(groups), slope)
-    chance = torch.Generator().manual_seed(calibration.seed)
 
-    def draw() -> int:
-        return draw_path(groups, chances, chance)
+    def by_cost(joined: Stitched, _: nn.Module) -> tuple[Objective, Draw]:
+        cost = joined.costs(calibration.example())
+        width = max(1.0, (max(cost) - min(cost)) / 12) if gap is None else gap
+        groups = group_by_cost({i: cost[i] for i, path in enumerate(joined.paths) if path.sampled}, width)
+        chances = group_chances(len(groups), slope)
+        chance = torch.Generator().manual_seed(calibration.seed)
+        return calibration.loss, lambda: draw_path(groups, chances, chance)
 
-    def objective(wrapped: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
-        answer = wrapped(*inputs)
-        answers = answer if isinstance(answer, tuple) else (answer,)
-        return torch.stack([calibration.task.loss(a.float(), target) for a in answers]).mean()
-
-    train(model, calibration, objective, draw, begun, epochs=epochs, lr=lr)
-    return [step, *settle(model, calibration, begun, keep=keep, single=single)]
+    settings = {"ways": 2, "rank": rank}
+    return join_family(
+        model, calibration, family, settings, by_cost, keep=keep, samples=samples, epochs=epochs, lr=lr, single=single
+    )
 
 
 def group_by_cost(cost: dict[int, int], gap: float) -> list[list[int]]:

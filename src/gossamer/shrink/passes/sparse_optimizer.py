@@ -101,7 +101,7 @@ def sparse_optimizer(
         group["shrink"], group["frozen"] = 0.0, unit == "weights" and group["name"] is not None
     trainer.begin_phase()
     left = calibration.seconds - (time.perf_counter() - start)
-    trainer.train(steps=total - first, seconds=left if math.isfinite(left) else None, schedule="linear")
+    trainer.train(steps=total - first, seconds=left, schedule="linear")
     model.eval()
     report = {**getattr(model, "shrink_report", {}), "sparse_optimizer": {"density": density(model)}}
     setattr(model, "shrink_report", report)  # noqa: B010 (a plain attribute of a module)
@@ -239,7 +239,7 @@ def _shrink(trainer: Trainer, scopes: list[_Scope], keep: float, steps: int, sec
 
     trainer.begin_phase()
     control()
-    trainer.train(steps=steps, seconds=seconds if math.isfinite(seconds) else None, on_step=control)
+    trainer.train(steps=steps, seconds=seconds, on_step=control)
 
 
 def slice_dead(model: nn.Module) -> list[Step]:
