@@ -1,14 +1,13 @@
 """Every registered mixer keeps the contract of `mixers/base.py`; a new one is held to it without a line here."""
 
 import copy
-import inspect
 
 import pytest
 import torch
 from torch import Tensor
 
 from gossamer.layers.prune import Prunable
-from gossamer.mixers import Mixer, create_mixer, list_mixers, mixer_class
+from gossamer.mixers import Mixer, create_mixer, list_mixers, mixer_class, mixer_keywords
 from gossamer.mixers.heads import HeadMixer
 
 GRIDS = {1: (13,), 2: (5, 7), 3: (3, 4, 5)}
@@ -23,7 +22,7 @@ CONTEXT = [(name, axes) for name, axes in EVERY if "context" in mixer_class(name
 def build(name: str, axes: int, **options: object) -> Mixer:
     """The mixer as any block would make it, its weights drawn anew so that no branch starts at zero."""
     grid = GRIDS[axes]
-    known = inspect.signature(mixer_class(name).__init__).parameters
+    known = mixer_keywords(name)
     if "axes" in known and "grid" not in known:
         options["axes"] = axes
     if "sampling" in known:  # Random by default, as in its paper; the contract is about what can be repeated.

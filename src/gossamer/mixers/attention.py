@@ -79,10 +79,12 @@ class Attention(HeadMixer):
     ) -> Float[Tensor, "b *grid c"]:
         q, k, v = self._project(x.flatten(1, -2), context)
         keys = None if mask is None or context is not None else mask.flatten(1)[:, None, None, :]
-        drop = self.attn_drop if self.training else 0.0
-        y = attention(q, k, v, mask=keys, causal=self.causal and context is None, dropout=drop)
+        y = self._attend(q, k, v, keys, self.causal and context is None)
         y = linear(self.proj, join_heads(y))
         return (y if self.drop is None else self.drop(y)).view(x.shape)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        return attention(q, k, v, mask=mask, causal=causal, dropout=self.attn_drop if self.training else 0.0)
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if context is None:

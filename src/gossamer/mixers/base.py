@@ -108,6 +108,22 @@ def mixer_class(name: str) -> type[Mixer]:
     return _REGISTRY[name]
 
 
+def mixer_keywords(name: str) -> dict[str, inspect.Parameter]:
+    """The keywords of the mixer registered under `name`, with those it hands on to the class it is made from.
+
+    Raises:
+        ValueError: no such mixer.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for cls in mixer_class(name).__mro__:
+        if "__init__" in vars(cls):
+            own = inspect.signature(vars(cls)["__init__"]).parameters
+            found = {key: p for key, p in own.items() if p.kind is p.KEYWORD_ONLY} | found
+            if all(p.kind is not p.VAR_KEYWORD for p in own.values()):
+                break
+    return found
+
+
 def create_mixer(name: str, dim: int, *, grid: Sequence[int] | None = None, **options: Any) -> Mixer:
     """A mixer by name.
 
@@ -119,15 +135,13 @@ def create_mixer(name: str, dim: int, *, grid: Sequence[int] | None = None, **op
     Raises:
         ValueError: no such mixer, an option it does not have, or no `grid` where it is needed.
     """
-    cls = mixer_class(name)
-    known = inspect.signature(cls.__init__).parameters
+    known = mixer_keywords(name)
     for option in options:
         if option not in known:
-            allowed = sorted(set(known) - {"self", "dim"})
-            raise ValueError(f"mixer {name!r} has no option {option!r}; it has {allowed}")
+            raise ValueError(f"mixer {name!r} has no option {option!r}; it has {sorted(known)}")
     if "grid" in known:
         if grid is None and known["grid"].default is inspect.Parameter.empty:
             raise ValueError(f"mixer {name!r} is bound to a grid; give grid=(…)")
         if grid is not None:
             options["grid"] = tuple(grid)
-    return cls(dim, **options)
+    return mixer_class(name)(dim, **options)

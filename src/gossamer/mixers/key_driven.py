@@ -15,7 +15,7 @@ Source: Khan et al. 2024, "Beyond Uniform Query Distribution: Key-Driven Grouped
 """
 
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -68,7 +68,20 @@ def change_allocation(change: Float[Tensor, " g"], heads: int) -> Int[Tensor, " 
     return shares
 
 
-class AllocatedMixer(GroupedMixer):
+class KeyDrivenMixer(GroupedMixer):
+    """Base of the mixers of this file.
+
+    Args:
+        dim: channels.
+        heads: query heads.
+        kv_heads: key and value heads, half of `heads` by default.
+    """
+
+    def __init__(self, dim: int, *, heads: int = 8, kv_heads: int | None = None, qkv_bias: bool = True) -> None:
+        super().__init__(dim, heads, kv_heads, qkv_bias=qkv_bias)
+
+
+class AllocatedMixer(KeyDrivenMixer):
     """Grouped attention with a share of query heads for each group, by an explicit map or the mechanism's own rule."""
 
     def allocate(self, k: Float[Tensor, "b g n d"], valid: Bool[Tensor, "b n"] | None) -> Int[Tensor, "_ g"]:
@@ -115,8 +128,7 @@ class KeyDrivenAttention(AllocatedMixer):
 
     Args:
         dim: channels.
-        heads: query heads.
-        kv_heads: key and value heads, half of `heads` by default.
+        shared: keywords of `KeyDrivenMixer`.
         over: decide for each `sample`, or by norms summed over the `batch`, as the authors do.
 
     Raises:
@@ -127,12 +139,10 @@ class KeyDrivenAttention(AllocatedMixer):
         self,
         dim: int,
         *,
-        heads: int = 8,
-        kv_heads: int | None = None,
-        qkv_bias: bool = True,
         over: Literal["sample", "batch"] = "sample",
+        **shared: Any,
     ) -> None:
-        super().__init__(dim, heads, kv_heads, qkv_bias=qkv_bias)
+        super().__init__(dim, **shared)
         if over not in ("sample", "batch"):
             raise ValueError(f"over must be sample or batch, got {over!r}")
         self.over = over
@@ -150,8 +160,7 @@ class DynamicAttention(AllocatedMixer):
 
     Args:
         dim: channels.
-        heads: query heads.
-        kv_heads: key and value heads, half of `heads` by default.
+        shared: keywords of `KeyDrivenMixer`.
         kind: `diff` or `ema`.
         window: training steps between two decisions; the first step decides.
         freeze_allocation: keep the last decision in eval mode; False decides from the batch at hand.
@@ -168,15 +177,13 @@ class DynamicAttention(AllocatedMixer):
         self,
         dim: int,
         *,
-        heads: int = 8,
-        kv_heads: int | None = None,
-        qkv_bias: bool = True,
         kind: Literal["diff", "ema"] = "ema",
         window: int = 10,
         freeze_allocation: bool = True,
+        **shared: Any,
     ) -> None:
-        super().__init__(dim, heads, kv_heads, qkv_bias=qkv_bias)
-        check_groups(heads, self.kv_heads)
+        super().__init__(dim, **shared)
+        check_groups(self.heads, self.kv_heads)
         if kind not in ("diff", "ema"):
             raise ValueError(f"kind must be diff or ema, got {kind!r}")
         if window < 1:
@@ -185,7 +192,7 @@ class DynamicAttention(AllocatedMixer):
         self.window = window
         self.freeze_allocation = freeze_allocation
         self.register_buffer("cache", torch.zeros(self.kv_heads))
-        self.register_buffer("allocation", torch.full((1, self.kv_heads), heads // self.kv_heads))
+        self.register_buffer("allocation", torch.full((1, self.kv_heads), self.heads // self.kv_heads))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -208,13 +215,12 @@ class DynamicAttention(AllocatedMixer):
 
 
 @register_mixer("pgqa", grids=(1, 2, 3))
-class PerturbedAttention(GroupedMixer):
+class PerturbedAttention(KeyDrivenMixer):
     """`y = W_o concat_h(a_h - mean(a_h) - std(a_h) u_h)`, `a` grouped attention, `u_h` noise of mean 0 and deviation 1.
 
     Args:
         dim: channels.
-        heads: query heads.
-        kv_heads: key and value heads, half of `heads` by default.
+        shared: keywords of `KeyDrivenMixer`.
         sampling: draw the noise anew in each pass (`random`, also in eval mode, as the authors do), or once for each
             shape (`fixed`).
 
@@ -226,13 +232,11 @@ class PerturbedAttention(GroupedMixer):
         self,
         dim: int,
         *,
-        heads: int = 8,
-        kv_heads: int | None = None,
-        qkv_bias: bool = True,
         sampling: Literal["random", "fixed"] = "random",
+        **shared: Any,
     ) -> None:
-        super().__init__(dim, heads, kv_heads, qkv_bias=qkv_bias)
-        check_groups(heads, self.kv_heads)
+        super().__init__(dim, **shared)
+        check_groups(self.heads, self.kv_heads)
         if sampling not in ("random", "fixed"):
             raise ValueError(f"sampling must be random or fixed, got {sampling!r}")
         self.sampling = sampling

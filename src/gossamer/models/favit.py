@@ -9,7 +9,6 @@ pyramid is that of Wang et al. 2021, "PVTv2: Improved Baselines with Pyramid Vis
 - any image: maps too small for reflection are padded by their border, where the authors' code stops
 """
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -21,7 +20,7 @@ from torch import nn
 from gossamer.layers import Block, Classifier, ConvNorm, LayerNorm, PatchEmbed
 from gossamer.layers.init import init_transformer
 from gossamer.layers.mlp import ConvMlp
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, mixer_keywords
 from gossamer.models._pyramids import BUDGETS, small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
@@ -146,7 +145,7 @@ def favit(
     each = {"dims": dims, "depths": depths, "heads": heads, "reductions": reductions, "mlp_ratios": mlp_ratios}
     if len({len(setting) for setting in each.values()}) > 1:
         raise ValueError(f"settings of the stages must be of one length, got {each}")
-    known = inspect.signature(mixer_class(mixer)).parameters
+    known = mixer_keywords(mixer)
     grids = token_grid(img_size, patch, len(dims), up=True)
     norm = partial(nn.LayerNorm, eps=1e-6)
     kernel = _kernel(patch)

@@ -9,7 +9,6 @@ Source: Yu et al. 2021, "MetaFormer Is Actually What You Need for Vision".
 - official code keeps channels first and writes the MLP as 1x1 convolutions; here channels are last
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from gossamer.layers import Block, Classifier, Conv, GridPositions, GroupNorm1, 
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
 from gossamer.layers.positions import resize_positions
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, mixer_keywords
 from gossamer.models._pyramids import keep_backbone, small_pyramid, stage_rates
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
@@ -190,7 +189,7 @@ def metaformer(
 
 
 def _options(name: str, dim: int, given: dict[str, Any]) -> dict[str, Any]:
-    known = inspect.signature(mixer_class(name)).parameters
+    known = mixer_keywords(name)
     default: dict[str, Any] = {"heads": max(1, dim // HEAD_DIM), "qkv_bias": False} if name == "attention" else {}
     if "heads" in known:
         default.setdefault("heads", max(1, dim // HEAD_DIM))

@@ -10,7 +10,6 @@ Source: Zhao et al. 2025, "Polyline Path Masked Attention for Vision Transformer
   of the attention, and undoes it
 """
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -26,7 +25,7 @@ from gossamer.layers.linear import linear
 from gossamer.layers.mlp import ConvMlp
 from gossamer.layers.positions import ConvPositions
 from gossamer.layers.stem import ConvStem
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, mixer_keywords
 from gossamer.models._pyramids import keep_backbone, small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
@@ -194,7 +193,7 @@ def ppma(
     if len({len(setting) for setting in each.values()}) > 1:
         raise ValueError(f"settings of the stages must be of one length, got {each}")
     grids = token_grid(img_size, stem_strides[0] * stem_strides[1], len(dims), up=True)
-    known = inspect.signature(mixer_class(mixer)).parameters
+    known = mixer_keywords(mixer)
     norm = partial(nn.LayerNorm, eps=1e-6)
     stages = []
     for i, rates in enumerate(stage_rates(drop_path, depths)):

@@ -15,7 +15,6 @@ Wang et al. 2022, "PVTv2: Improved Baselines with Pyramid Vision Transformer" (`
 - the mixer of each stage and the norm are exchangeable: SLAB and EcoFormer are this builder with other parts
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from gossamer.layers import Block, Classifier, ConvNorm, GridPositions, LayerNorm, Mlp, PatchEmbed, resize_positions
 from gossamer.layers.init import init_transformer
 from gossamer.layers.mlp import ConvMlp
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, mixer_keywords
 from gossamer.models._pyramids import small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
@@ -265,7 +264,7 @@ def pvt(
         reduce = "adaptive" if linear else "conv"
         flat = token and i == stages - 1
         offered = {"heads": heads[i], "ratio": ratios[i], "reduce": reduce}
-        known = inspect.signature(mixer_class(names[i])).parameters
+        known = mixer_keywords(names[i])
         options = {**{k: v for k, v in offered.items() if k in known}, **mixer_options[i]}
         blocks: list[nn.Module] = []
         for rate in rates:

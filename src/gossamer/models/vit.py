@@ -8,7 +8,6 @@ transformers" (DeiT); Touvron et al. 2022, "DeiT III" (LayerScale, position tabl
 - names and layout of official weights are timm's, which are the authors' own
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from gossamer.layers.blocks import drop_path_rates
 from gossamer.layers.distilled import DistilledClassifier
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, mixer_keywords
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Isotropic
 
@@ -174,7 +173,7 @@ def vit(
     blocks = []
     for name, rate in zip(names, drop_path_rates(drop_path, depth), strict=True):
         options = dict(mixer_options or {})
-        if "heads" in inspect.signature(mixer_class(name)).parameters:
+        if "heads" in mixer_keywords(name):
             options.setdefault("heads", heads)
         mix = create_mixer(name, dim, grid=None if flat else grid, **options)
         mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)

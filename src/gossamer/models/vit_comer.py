@@ -17,7 +17,6 @@ Predictions".
 - drop path in the interactions is at the ViT's largest rate, as in the authors' code
 """
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -36,7 +35,7 @@ from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
 from gossamer.layers.linear import linear
 from gossamer.layers.mlp import ConvMlp
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, mixer_keywords
 from gossamer.models.registry import State, register_system
 
 Norm = partial(nn.LayerNorm, eps=1e-6)
@@ -381,7 +380,7 @@ def vit_comer(
     blocks = []
     for name, rate in zip(names, drop_path_rates(drop_path, depth), strict=True):
         options = dict(mixer_options or {})
-        if "heads" in inspect.signature(mixer_class(name)).parameters:
+        if "heads" in mixer_keywords(name):
             options.setdefault("heads", heads)
         if name == "plain_window":
             # The authors cut windows from the products.
