@@ -12,7 +12,7 @@ and the ratio ours / theirs, and the geometric mean of all ratios, with device, 
 
 import argparse
 import gc
-import importlib.machinery
+import importlib
 import json
 import math
 import sys
@@ -30,6 +30,9 @@ from torch import Tensor, nn
 from gossamer.io.files import write_json
 from gossamer.measure import device_info, latency
 from gossamer.models import create_model
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from stand_in import timm
 
 Inputs = Callable[[int], tuple[Tensor, ...]]
 
@@ -58,7 +61,7 @@ def images(side: int = 224) -> Inputs:
 
 
 def with_timm(ours: str, name: str, side: int = 224, **settings: Any) -> Pair:
-    return Pair(partial(create_model, ours), lambda _: _timm().create_model(name, **settings), images(side))
+    return Pair(partial(create_model, ours), lambda _: timm().create_model(name, **settings), images(side))
 
 
 def with_authors(ours: str, repository: str, module: str, build: str, **settings: Any) -> Pair:
@@ -105,72 +108,12 @@ PAIRS: dict[str, Pair] = {
 }
 
 
-def _timm() -> Any:
-    """timm, with a stand-in for torchvision where that is absent or broken (timm's models do not use it)."""
-    try:
-        import torchvision  # noqa: F401
-    except Exception:
-        for name in list(sys.modules):
-            if name.partition(".")[0] == "torchvision":
-                del sys.modules[name]
-        if not any(isinstance(finder, _StandIn) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _StandIn())
-    import timm
-
-    return timm
-
-
-class _StandIn:
-    """Finds any module of torchvision as an empty one whose every name is a class that does nothing."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] != "torchvision":
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        module = types.ModuleType(spec.name)
-
-        def absent(attribute: str) -> Any:
-            if attribute.startswith("__"):
-                raise AttributeError(attribute)
-            return _Nothing
-
-        module.__getattr__ = absent  # type: ignore[method-assign]
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
-class _AnyName(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return cls()
-
-
-class _Nothing(metaclass=_AnyName):
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Nothing()
-
-    def __call__(self, *args: Any, **settings: Any) -> Any:
-        return _Nothing()
-
-
 def _module(official: Path | None, repository: str, name: str) -> Any:
     """A module of a checked-out repository; repositories share package names, so each is imported afresh."""
     assert official is not None
-    _timm()
-    import timm.layers
-
     # Repositories of 2021 import timm's layers from where they were then.
-    moved = {"layers": timm.layers, "layers.helpers": timm.layers.helpers, "registry": timm.models}
+    now = timm()
+    moved = {"layers": now.layers, "layers.helpers": now.layers.helpers, "registry": now.models}
     for old, new in moved.items():
         sys.modules[f"timm.models.{old}"] = new
     top = name.partition(".")[0]

@@ -1,4 +1,4 @@
-"""timm for the tests that compare with it, with a stand-in for torchvision where that is absent or broken."""
+"""timm for what compares with it, in tests and benchmarks: with a stand-in where torchvision is absent or broken."""
 
 import importlib
 import importlib.machinery
@@ -6,11 +6,13 @@ import sys
 import types
 from typing import Any
 
-import pytest
-
 
 def timm() -> Any:
-    """timm; the test is skipped where it is not installed. Its models use nothing of torchvision's compiled parts."""
+    """timm, whose models use nothing of torchvision's compiled parts.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         importlib.import_module("torchvision")
     except Exception:  # a torchvision built for another PyTorch fails in many ways
@@ -18,7 +20,7 @@ def timm() -> Any:
             del sys.modules[name]
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder())
-    return pytest.importorskip("timm", reason="timm is not installed")
+    return importlib.import_module("timm")
 
 
 class _Finder:
