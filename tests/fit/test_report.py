@@ -72,7 +72,7 @@ def results() -> dict[str, Any]:
              "status": "front", "why": ""},
             {"name": "swin-s", "form": "int8", "val": 0.9124, "cost": winner_cost, "interval": [0.6321, 0.6678],
              "status": "winner", "why": "int8 is 3.22 times faster"},
-            {"name": "swin-s", "form": "pruned int8", "val": 0.8899, "cost": cost(0.7007), "interval": [0.69, 0.71],
+            {"name": "swin-s", "form": "shrunk int8", "val": 0.8899, "cost": cost(0.7007), "interval": [0.69, 0.71],
              "status": "rolled back", "why": "int8 is slower"},
         ],
         "noise": 0.012,
@@ -200,7 +200,7 @@ def test_the_page_tells_winner_figures_fates_and_faults(tmp_path: Path) -> None:
 def test_the_front_shows_every_file_and_every_raced_candidate(tmp_path: Path) -> None:
     html, _ = page_of(results(), tmp_path, ())
     front = html[html.index("<svg") : html.index("</svg>")]
-    for label in ("swin-s float32", "swin-s int8 (winner)", "swin-s pruned int8", "gam-xs", "budget 2.5 ms"):
+    for label in ("swin-s float32", "swin-s int8 (winner)", "swin-s shrunk int8", "gam-xs", "budget 2.5 ms"):
         assert f">{label}<" in front
     assert "vit-l" not in front
 
@@ -238,7 +238,7 @@ def test_results_read_back_from_disk_give_the_same_page(tmp_path: Path) -> None:
 
 def spoilt(value: Any, poison: str) -> Any:
     """`value` with `poison` at the end of every text in it that is not one of the program's own words."""
-    own = {"accuracy", "image-classification", "float32", "int8", "pruned int8", "winner", "front", "rolled back"}
+    own = {"accuracy", "image-classification", "float32", "int8", "shrunk int8", "winner", "front", "rolled back"}
     own |= {"ready", "left out", "not measured", "complete"}
     if isinstance(value, dict):
         return {k: spoilt(v, poison) for k, v in value.items()}

@@ -12,7 +12,7 @@ from typing import Any
 from gossamer.shrink.page import inline_svg, shown, write_page
 from gossamer.tasks.base import Figure, new_plot
 
-FORM_MARKERS = {"float32": "o", "int8": "D", "pruned float32": "s", "pruned int8": "^"}
+FORM_MARKERS = {"float32": "o", "int8": "D", "shrunk float32": "s", "shrunk int8": "^"}
 COLOURS = ("#1f5fa8", "#c8553d", "#3b8b5d", "#8a5fb0", "#b8860b", "#4a8fa0", "#a04a7a", "#666666")
 
 

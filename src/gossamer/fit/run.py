@@ -29,8 +29,9 @@ from gossamer.fit.report import write_report
 from gossamer.io import claim, plain, read_json, write_json
 from gossamer.measure import device_info
 from gossamer.shrink.artefacts import Point, Workshop, choose
-from gossamer.shrink.base import Calibration, Unsupported, run_pass
+from gossamer.shrink.base import Calibration
 from gossamer.shrink.budget import excess
+from gossamer.shrink.ways import kindest
 from gossamer.tasks import create_task
 from gossamer.tasks.base import Task
 from gossamer.train import Settings, Trainer
@@ -39,9 +40,10 @@ from gossamer.train.progress import Progress
 
 # With at least this much time a cheaper second finalist is trained as well, with this share of the finish.
 SECOND_FROM_S, SECOND_SHARE = 480.0, 0.25
-# And a pruned copy of the best is recovered for this share of the whole time.
-PRUNE_FROM_S, PRUNE_SHARE = 240.0, 0.06
-KEEP = 0.6
+# And a smaller copy of the best is made and recovered for this share of the whole time, at most this share of that spent
+# on choosing the pass.
+SHRINK_FROM_S, SHRINK_SHARE = 240.0, 0.06
+KEEP, CHOOSING = 0.6, 0.4
 # Others are finished as well while the first have left at least a fifth of the time, up to this many.
 MOST_FINALISTS = 4
 # A finalist as cheap as this share of the best one's latency is worth having beside it.
@@ -176,8 +178,8 @@ class _Run:
             t for t in ranked[1:] if (by_name[t.params["candidate"]].cost["latency"] or math.inf) < CHEAPER * latency
         ]
         second = bool(cheaper) and self.options.seconds >= SECOND_FROM_S
-        pruning = PRUNE_SHARE * self.clock.total if self.options.seconds >= PRUNE_FROM_S else 0.0
-        left = max(0.0, self.clock.finished_by - self.clock.used - pruning)
+        shrinking = SHRINK_SHARE * self.clock.total if self.options.seconds >= SHRINK_FROM_S else 0.0
+        left = max(0.0, self.clock.finished_by - self.clock.used - shrinking)
         share = 1 - SECOND_SHARE if second else 1.0
         marks = [self.clock.used + left * share, self.clock.used + left]
         finalists: list[Finalist] = []
@@ -225,35 +227,37 @@ class _Run:
             point = workshop.export(finalist.candidate.name, "float32", finalist.model)
             workshop.int8(point)
         spare = self.clock.finished_by - self.clock.used
-        if self.options.seconds >= PRUNE_FROM_S and spare > 5 and not self.clock.interrupted:
+        if self.options.seconds >= SHRINK_FROM_S and spare > 5 and not self.clock.interrupted:
             best = finalists[0]
             settings = Settings(
                 **{**self.base.to_dict(), "lr": 0.3 * best.lr, "strength": best.strength, "warmup": 10, "ema": 0.99}
             )
             mark = self.clock.finished_by
-            model = self._pruned(best, settings, seconds=spare, stop=lambda: self.clock.over(mark))
-            if model is not None:
-                point = workshop.export(best.candidate.name, "pruned float32", model)
-                workshop.int8(point, "pruned int8")
+            made = self._shrunk(best, settings, seconds=spare, stop=lambda: self.clock.over(mark))
+            if made is not None:
+                point = workshop.export(best.candidate.name, "shrunk float32", made[0])
+                point.certificate["recipe"] = [made[1]]
+                workshop.int8(point, "shrunk int8")
         return workshop
 
-    def _pruned(
+    def _shrunk(
         self, finalist: Finalist, settings: Settings, *, seconds: float, stop: Callable[[], bool]
-    ) -> nn.Module | None:
-        """A copy of the finalist's model with `KEEP` of its widths, recovered with the finalist as teacher."""
-        self.progress.tell(f"pruning {finalist.candidate.name}")
-        calibration = Calibration(self.task, self.data, seconds, self.options.seed)
-        try:
-            model, steps = run_pass("magnitude", finalist.model, calibration, keep=KEEP)
-        except Unsupported:
+    ) -> tuple[nn.Module, dict[str, Any]] | None:
+        """The finalist's model after the pass that suits it best, recovered with the finalist as teacher."""
+        self.progress.tell(f"shrinking {finalist.candidate.name}")
+        begun = time.perf_counter()
+        chosen_by = begun + CHOOSING * seconds
+        calibration = Calibration(self.task, self.data, CHOOSING * seconds / 2, self.options.seed)
+        made = kindest(finalist.model, calibration, keep=KEEP, enough=lambda: time.perf_counter() > chosen_by)
+        if made is None:
             return None
-        if not steps:
-            return None
+        model, entry = made
+        left = seconds - (time.perf_counter() - begun)
         trainer = Trainer(model, self.task, self.data, settings, teacher=finalist.model)
-        trainer.train(seconds=seconds, schedule="linear", stop=stop)
+        trainer.train(seconds=max(0.0, left), schedule="linear", stop=stop)
         if trainer.ema is not None and trainer.ema.steps:
             trainer.ema.swap()
-        return model.eval()
+        return model.eval(), entry
 
     def _conclude(
         self, candidates: list[Candidate], study: optuna.Study, finalists: list[Finalist], workshop: Workshop

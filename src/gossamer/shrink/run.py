@@ -39,17 +39,13 @@ from gossamer.shrink.options import ShrinkOptions, ShrinkResult
 from gossamer.shrink.recipe import load
 from gossamer.shrink.report import write_report
 from gossamer.shrink.subject import Subject, open_subject, read_for
+from gossamer.shrink.ways import SCREENED, SETTINGS, TRIED
 from gossamer.tasks import create_task
 from gossamer.tasks.base import Task
 from gossamer.train import Diverged, Trainer
 from gossamer.train.clock import Clock
 from gossamer.train.progress import Progress
 
-# Passes the search tries by itself: one shot, no training of their own. Others are for recipes.
-TRIED = ("optin", "greenformers", "depth", "merging", "latency_widths", "magnitude", "dependency")
-# What they are called with beyond `keep`, where it is not their default.
-SETTINGS: dict[str, dict[str, Any]] = {"greenformers": {"solver": "whitened"}}
-SCREENED = 500  # validation items a trial is judged by
 SCREEN_BY, TRAINED_BY = 0.4, 0.8  # shares of the time
 FILES_SHARE = 0.4  # of the time left after the trials, at most, goes into making files instead of training
 HEAD_SHARE = 0.2  # of the time, for training a head the model came without
