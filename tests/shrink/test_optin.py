@@ -14,6 +14,7 @@ from tests.shrink.toys import digits, encoder, learned, texts, vision
 from gossamer.data.base import Dataset, Split
 from gossamer.io import export_onnx
 from gossamer.models import create_model
+from gossamer.shrink import recipe
 from gossamer.shrink.base import Calibration, Unsupported, run_pass
 from gossamer.shrink.costs import Staircase, member_macs
 from gossamer.shrink.masks import masked, members
@@ -341,3 +342,14 @@ def test_what_it_cannot_handle_it_says_and_leaves_the_model_as_it_was():
         optin(net, calibration)
     assert not getattr(net, "recipe", [])
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items() if "blocks.1" not in k)
+
+
+def test_a_model_whose_first_blocks_hold_no_members_is_scored():
+    calibration = digits()
+    net = vision(depth=3).eval()
+    # The first block is left with its norms alone, as after the removal of its branches.
+    for part in ("blocks.0.mixer", "blocks.0.mlp"):
+        recipe.apply(net, {"step": "axformer.remove", "part": part, "losses": None})
+    small, steps = run_pass("optin", net, calibration, keep=0.5, samples=16, probes=4)
+    assert {step["part"].split(".")[1] for step in steps} == {"1", "2"}
+    assert small(*calibration.example(2)).shape == (2, 10)

@@ -97,3 +97,16 @@ def test_the_gate_opens_only_for_what_is_faster_beyond_the_noise(monkeypatch, af
     verdict = gate.speed_gate(lambda: None, lambda: None)
     assert verdict.passed == passed
     assert word in verdict.why
+
+
+def test_the_gate_looks_longer_where_noise_may_hide_a_clear_gain(monkeypatch):
+    before, hidden, shown = timing(1.0, 0.9, 1.1), timing(0.8, 0.7, 0.95), timing(0.8, 0.78, 0.82)
+    budgets = []
+
+    def look(forms, budget_s):
+        budgets.append(budget_s)
+        return {"before": before, "after": hidden if len(budgets) == 1 else shown}
+
+    monkeypatch.setattr(gate, "latency", look)
+    assert gate.speed_gate(lambda: None, lambda: None, seconds=1.0).passed
+    assert budgets == [1.0, 4.0]

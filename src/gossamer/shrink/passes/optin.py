@@ -516,6 +516,8 @@ def _by_probes(
                 places.append(place)
                 shown.append(F.normalize(trace.flatten(0, -2)[ruler.chosen[j][place] - low], dim=-1))
         leaves = list(masks.values())
+        # What comes before all members, as where the first blocks have none left, no mask moves.
+        moved = [j for j, trace in enumerate(shown) if trace.requires_grad]
         begun = time.perf_counter()
         for r in range(done if number else probes):
             draw = torch.Generator().manual_seed(ruler.seed + 7919 * (r + 1))
@@ -523,9 +525,11 @@ def _by_probes(
             own = {
                 m: torch.autograd.grad(shown[j], masks[m], pulls[j], retain_graph=True, allow_unused=True)[0]
                 for m, j in layers.items()
-                if j < len(shown) - 1
+                if j < len(shown) - 1 and j in moved
             }
-            every = torch.autograd.grad(shown, leaves, pulls, retain_graph=True, allow_unused=True)
+            every = torch.autograd.grad(
+                [shown[j] for j in moved], leaves, [pulls[j] for j in moved], retain_graph=True, allow_unused=True
+            )
             # Each chunk needs noise of its own, all of them the same Gram matrix.
             draw = torch.Generator().manual_seed(
                 ruler.seed + 104729 * (r + 1) + (0 if ruler.kind == "gram" else number)
