@@ -49,7 +49,8 @@ from gossamer.train.progress import Progress
 SCREEN_BY, TRAINED_BY = 0.4, 0.8  # shares of the time
 FILES_SHARE = 0.4  # of the time left after the trials, at most, goes into making files instead of training
 HEAD_SHARE = 0.2  # of the time, for training a head the model came without
-MOST_FINALISTS = 3
+MOST_FINALISTS = 2
+FIRST_SHARE = 0.65  # of the time for recovery goes to the most promising way
 CLOSE = 0.04  # a cost this far below its limit is close enough
 LEAST_KEEP = 0.05
 LOOK_FROM_S = 600.0  # from this much time on, the sensitivity of each layer to int8 is reported
@@ -234,7 +235,7 @@ class _Run:
         for place, trial in enumerate(chosen):
             more = len(chosen) - place
             left = self.clock.left - self.pace["test_s"] - more * self.pace["files_s"]
-            self._finish(trial, before, max(0.0, left / more))
+            self._finish(trial, before, max(0.0, left * (FIRST_SHARE if more > 1 else 1.0)))
             if self.clock.interrupted:
                 break
 
