@@ -272,6 +272,6 @@ def _latency_share(model: nn.Module, one: tuple[Tensor, ...], folder: Path) -> C
     def share() -> float:
         export_quickly(model, one, later)
         then, now = together([first, later], one, seconds=0.5)
-        return now.median_ms / then.median_ms
+        return now.p10_ms / then.p10_ms
 
     return share
