@@ -25,6 +25,7 @@ from gossamer.io import atomic_path
 from gossamer.tasks.base import Task
 from gossamer.train.ema import MovingAverage
 from gossamer.train.settings import Schedule, Settings, build_optimiser, schedule_factor
+from gossamer.trunks.checkpointing import set_checkpointing
 
 # Of the loss, what a teacher's answers get; the rest is the task's own.
 TAUGHT = 0.7
@@ -71,6 +72,8 @@ class Trainer:
                 f"batch_size must be a multiple of the {self.accelerator.num_processes} processes, "
                 f"got {settings.batch_size}"
             )
+        if settings.checkpointing:
+            set_checkpointing(self.model)
         self.objective = objective
         self.wrapped, self.optimiser = self.accelerator.prepare(self.model, optimiser(self.model, settings))
         self.ema = MovingAverage(self.model, settings.ema) if settings.ema else None

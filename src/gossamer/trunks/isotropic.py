@@ -9,6 +9,8 @@ from typing import Any, cast
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from gossamer.trunks.checkpointing import through
+
 
 class Isotropic(nn.Module):
     """Stem, blocks of one width, norm, head.
@@ -20,6 +22,8 @@ class Isotropic(nn.Module):
         norm: on the tokens after the last block, or None.
         head: `(tokens, mask) -> answer`; where tokens were merged it is given their `sizes=` too.
     """
+
+    checkpointing = False
 
     def __init__(self, stem: nn.Module, blocks: Sequence[nn.Module], *, norm: nn.Module | None, head: nn.Module):
         super().__init__()
@@ -33,13 +37,7 @@ class Isotropic(nn.Module):
         return self._encode(x)[:2]
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, mask = self.stem(x)
-        sizes = None
-        for block in self.blocks:
-            if getattr(block, "reduces", False):
-                x, mask, sizes = block(x, mask=mask, sizes=sizes)
-            else:
-                x = block(x) if mask is None else block(x, mask=mask)
+        x, mask, sizes = through(self, _in_turn, self.blocks, *self.stem(x), None)
         return (x if self.norm is None else self.norm(x)), mask, sizes
 
     def forward(self, x: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b ..."] | tuple[Float[Tensor, "b ..."], ...]:
@@ -55,3 +53,12 @@ class Isotropic(nn.Module):
         if tokens.shape[1] < h * w:
             raise ValueError(f"tokens were reduced to {tokens.shape[1]}; there is no {h}x{w} map left")
         return [tokens[:, -h * w :].unflatten(1, (h, w))]
+
+
+def _in_turn(blocks: nn.ModuleList, x: Tensor, mask: Tensor | None, sizes: Tensor | None) -> tuple[Any, Any, Any]:
+    for block in blocks:
+        if getattr(block, "reduces", False):
+            x, mask, sizes = block(x, mask=mask, sizes=sizes)
+        else:
+            x = block(x) if mask is None else block(x, mask=mask)
+    return x, mask, sizes

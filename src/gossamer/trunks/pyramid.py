@@ -4,11 +4,13 @@
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gossamer.trunks.blocking import by_parts
+from gossamer.trunks.checkpointing import through
 
 
 class Pyramid(nn.Module):
@@ -22,6 +24,8 @@ class Pyramid(nn.Module):
         head: map to answer.
         out_norms: norms of the maps that `features` gives, one a stage, or None for the maps as they are.
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -44,10 +48,10 @@ class Pyramid(nn.Module):
         self.out_norms = nn.ModuleList(out_norms) if out_norms is not None else None
 
     def _maps(self, image: Tensor) -> list[Tensor]:
-        x = by_parts(self.stages[0], self.stem(image))
+        x = through(self, by_parts, cast(nn.Sequential, self.stages[0]), self.stem(image))
         maps = [x]
         for merge, stage in zip(self.merges, self.stages[1:], strict=True):
-            x = by_parts(stage, merge(x))
+            x = through(self, by_parts, stage, merge(x))
             maps.append(x)
         return maps
 
