@@ -28,12 +28,9 @@ class RotaryAttention(GroupedQueryAttention):
 
     Args:
         dim: channels.
-        heads: query heads.
-        kv_heads: key and value heads, half of `heads` by default.
-        head_dim: channels of a head, `dim / heads` by default.
         qkv_bias: whether the input products add a bias; `out_bias` the output product.
         base: of the rotary frequencies; `scaling` slows them down, see `gossamer.ops.rotary.rotary_frequencies`.
-        causal: attend only to earlier tokens and to itself.
+        shared: the other keywords of `GroupedQueryAttention`.
 
     Raises:
         ValueError: `heads` does not divide `dim` and no `head_dim` is given, `kv_heads` does not divide `heads`, or an
@@ -46,24 +43,13 @@ class RotaryAttention(GroupedQueryAttention):
         self,
         dim: int,
         *,
-        heads: int = 8,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
         base: float = 10000.0,
         scaling: Mapping[str, Any] | None = None,
-        causal: bool = False,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            dim,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            qkv_bias=qkv_bias,
-            out_bias=out_bias,
-            causal=causal,
-        )
+        super().__init__(dim, qkv_bias=qkv_bias, out_bias=out_bias, **shared)
         # Made from the settings, so no weight; in single precision whatever the model's.
         self.register_buffer("frequencies", rotary_frequencies(self.head_dim, base, scaling), persistent=False)
 

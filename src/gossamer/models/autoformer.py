@@ -29,10 +29,10 @@ from gossamer.layers.series import (
     calendar_features,
 )
 from gossamer.mixers.auto_correlation import AutoCorrelation
-from gossamer.models.informer import scaled
-from gossamer.models.registry import State, register_system
+from gossamer.models.informer import RULES, TRAINING, convert, scaled
+from gossamer.models.registry import register_system
 from gossamer.ops.series import decompose
-from gossamer.trunks.seq2seq import Decoder, Encoder, Forecaster, check_lengths, fuse_projections
+from gossamer.trunks.seq2seq import Decoder, Encoder, Forecaster, check_lengths
 
 Streams = tuple[Tensor, Tensor]
 
@@ -106,10 +106,6 @@ class SeasonTrendHead(nn.Module):
         return self.proj(self.norm(season)[:, known:]) + trend[:, known:]
 
 
-def _convert(model: Any, state: State) -> State:
-    return fuse_projections(state)
-
-
 def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]] | None:
     known, horizon = spec["seq_len"], spec["pred_len"]
     if min(known, known // 2 + horizon) < 2:
@@ -121,17 +117,7 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]] | None
     "autoformer",
     tasks=("forecasting",),
     scale=_scale,
-    training=dict(
-        lr=1e-4,
-        batch_size=32,
-        epochs=10,
-        schedule="halve",
-        optimiser="adam",
-        weight_decay=0.0,
-        clip=0.0,
-        ema=0.0,
-        warmup=0,
-    ),
+    training={**TRAINING, "epochs": 10},
     variants={
         "autoformer_7": dict(factor=1),
         "autoformer_ecl_321": dict(channels=321, factor=1),
@@ -145,25 +131,14 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]] | None
         "autoformer_ili_24": dict(seq_len=36, label_len=18, pred_len=24),
     },
     rules=[
-        (r"\.position_embedding\.pe$", None),
-        (r"^enc_embedding\.", "source."),
         (r"^dec_embedding\.", "target.season."),
-        (r"\.value_embedding\.tokenConv\.", ".token."),
-        (r"\.temporal_embedding\.embed\.", ".calendar."),
-        (r"\.temporal_embedding\.(\w+)_embed\.(emb\.)?", r".calendar.tables.\1."),
-        (r"\.attn_layers\.(\d+)\.attention\.", r".blocks.\1.self_attention."),
-        (r"\.(attn_layers|layers)\.", ".blocks."),
-        (r"\.self_attention\.", ".mixer."),
-        (r"\.cross_attention\.", ".cross."),
-        (r"\.(query|key|value)_projection\.", r".\1."),
-        (r"\.out_projection\.", ".proj."),
-        (r"\.conv([12])\.", r".mlp.fc\1."),
+        *RULES,
         (r"^decoder\.projection\.", "head.proj."),
         (r"\.projection\.", ".trend."),
         (r"^decoder\.norm\.layernorm\.", "head.norm.norm."),
         (r"\.layernorm\.", ".norm."),
     ],
-    convert=_convert,
+    convert=convert,
 )
 def autoformer(
     *,

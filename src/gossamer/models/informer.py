@@ -71,7 +71,36 @@ class Replicas(nn.Module):
         return torch.cat([encoder(x[:, n - n // 2**i :]) for i, encoder in enumerate(self.encoders)], 1)
 
 
-def _convert(model: Any, state: State) -> State:
+# Official keys of forecasters with an encoder and a decoder, and how they are trained.
+RULES: list[tuple[str, str | None]] = [
+    (r"\.position_embedding\.pe$", None),
+    (r"^enc_embedding\.", "source."),
+    (r"^dec_embedding\.", "target."),
+    (r"\.value_embedding\.tokenConv\.", ".token."),
+    (r"\.temporal_embedding\.embed\.", ".calendar."),
+    (r"\.temporal_embedding\.(\w+)_embed\.(emb\.)?", r".calendar.tables.\1."),
+    (r"\.attn_layers\.(\d+)\.attention\.", r".blocks.\1.self_attention."),
+    (r"\.(attn_layers|layers)\.", ".blocks."),
+    (r"\.self_attention\.", ".mixer."),
+    (r"\.cross_attention\.", ".cross."),
+    (r"\.(query|key|value)_projection\.", r".\1."),
+    (r"\.out_projection\.", ".proj."),
+    (r"\.conv([12])\.", r".mlp.fc\1."),
+]
+TRAINING: dict[str, Any] = dict(
+    lr=1e-4,
+    batch_size=32,
+    schedule="halve",
+    optimiser="adam",
+    weight_decay=0.0,
+    clip=0.0,
+    ema=0.0,
+    warmup=0,
+)
+
+
+def convert(model: Any, state: State) -> State:
+    """Queries, keys and values as one product."""
     return fuse_projections(state)
 
 
@@ -89,17 +118,7 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
     "informer",
     tasks=("forecasting",),
     scale=_scale,
-    training=dict(
-        lr=1e-4,
-        batch_size=32,
-        epochs=6,
-        schedule="halve",
-        optimiser="adam",
-        weight_decay=0.0,
-        clip=0.0,
-        ema=0.0,
-        warmup=0,
-    ),
+    training={**TRAINING, "epochs": 6},
     variants={
         "informer_m7": dict(),
         "informer_s1": dict(channels=1),
@@ -113,24 +132,12 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
         "informer_etth1_s_p24": dict(channels=1, seq_len=720, label_len=168),
     },
     rules=[
-        (r"\.position_embedding\.pe$", None),
-        (r"^enc_embedding\.", "source."),
-        (r"^dec_embedding\.", "target."),
-        (r"\.value_embedding\.tokenConv\.", ".token."),
-        (r"\.temporal_embedding\.embed\.", ".calendar."),
-        (r"\.temporal_embedding\.(\w+)_embed\.(emb\.)?", r".calendar.tables.\1."),
-        (r"\.attn_layers\.(\d+)\.attention\.", r".blocks.\1.self_attention."),
-        (r"\.(attn_layers|layers)\.", ".blocks."),
-        (r"\.self_attention\.", ".mixer."),
-        (r"\.cross_attention\.", ".cross."),
-        (r"\.(query|key|value)_projection\.", r".\1."),
-        (r"\.out_projection\.", ".proj."),
-        (r"\.conv([12])\.", r".mlp.fc\1."),
+        *RULES,
         (r"\.conv_layers\.", ".merges."),
         (r"\.downConv\.", ".conv."),
         (r"^projection\.", "head."),
     ],
-    convert=_convert,
+    convert=convert,
 )
 def informer(
     *,
