@@ -86,6 +86,14 @@ def scales(slug: str, spec: dict[str, Any], size: str) -> tuple[torch.nn.Module,
         return model, measure.macs(model, (torch.empty(1, spec["in_chans"], *spec["img_size"]),)).total / 1e6
 
 
+def costs_within(slug: str, spec: dict[str, Any], size: str, most: dict[str, float], least: dict[str, float]) -> None:
+    """The scaled model for `spec` trains, and its MMACs are within what `size` says; tiny images may cost less."""
+    _, mmacs = scales(slug, spec, size)
+    assert mmacs <= most[size]
+    if min(spec["img_size"]) >= 28:
+        assert mmacs >= least[size]
+
+
 def keeps_budget(slug: str, side: int, size: str, low: float, high: float) -> None:
     """The scaled model for colour images of `side` pixels costs between `low` and `high` MMACs."""
     name, settings = system(slug).scale({"img_size": (side, side), "in_chans": 3, "num_classes": 10}, size)
@@ -101,3 +109,12 @@ SPECS = [
     {"img_size": (37, 61), "in_chans": 4, "num_classes": 3},
     {"img_size": (96, 96), "in_chans": 3, "num_classes": 5},
 ]
+any_small_image = pytest.mark.parametrize(
+    "spec",
+    [*SPECS, {"img_size": (28, 40), "in_chans": 3, "num_classes": 4}],
+    ids=lambda s: "x".join(map(str, s["img_size"])),
+)
+every_size = pytest.mark.parametrize(
+    ("side", "size", "low", "high"),
+    [(32, "xs", 3, 9), (32, "s", 18, 50), (32, "m", 70, 130), (32, "l", 220, 420), (224, "s", 18, 50)],
+)

@@ -12,7 +12,7 @@ from gossamer.models.crossvit import Fusion
 from gossamer.models.registry import rename, system
 from gossamer.trunks import Isotropic
 from official import golden, manifest, seeded_state
-from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
+from pyramids import SPECS, costs_are_published, costs_within, equals_official, manifest_fits
 
 SLUG = "crossvit"
 TINY = {"dims": (16, 24), "heads": (2, 3), "depths": (1, 2), "blocks": 2, "mlp_ratio": 2.0, "num_classes": 7}
@@ -214,10 +214,7 @@ def test_without_classes_the_class_tokens_of_both_branches_come_out() -> None:
 @pytest.mark.parametrize("size", ["xs", "s"])
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3], LARGE], ids=lambda s: "x".join(map(str, s["img_size"])))
 def test_scaled_models_cost_what_their_size_says(spec: dict, size: str) -> None:
-    _, mmacs = scales(SLUG, spec, size)
-    assert mmacs <= {"xs": 8, "s": 40}[size]
-    if min(spec["img_size"]) >= 28:
-        assert mmacs >= {"xs": 2.5, "s": 20}[size]
+    costs_within(SLUG, spec, size, most={"xs": 8, "s": 40}, least={"xs": 2.5, "s": 20})
 
 
 @pytest.mark.parametrize(("size", "low", "high"), [("m", 80, 130), ("l", 230, 400)])

@@ -14,7 +14,15 @@ from gossamer.mixers.hilo import HiLo
 from gossamer.models import create_model, load_official
 from gossamer.models.hilo import DeformMerging
 from official import golden, manifest, seeded_state
-from pyramids import SPECS, costs_are_published, equals_official, keeps_budget, manifest_fits, scales
+from pyramids import (
+    any_small_image,
+    costs_are_published,
+    equals_official,
+    every_size,
+    keeps_budget,
+    manifest_fits,
+    scales,
+)
 
 TINY = {"embed_dim": 16, "depths": (1, 1, 2, 1), "heads": (1, 2, 4, 8)}
 OFFICIAL = {
@@ -228,18 +236,11 @@ def test_an_exported_litv2_agrees_for_every_batch_size(tmp_path) -> None:
     assert certificate.held == "batch"
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [*SPECS, {"img_size": (28, 40), "in_chans": 3, "num_classes": 4}],
-    ids=lambda s: "x".join(map(str, s["img_size"])),
-)
+@any_small_image
 def test_scaled_litv2_takes_any_small_image(spec) -> None:
     scales("hilo", spec, "xs")
 
 
-@pytest.mark.parametrize(
-    ("side", "size", "low", "high"),
-    [(32, "xs", 3, 9), (32, "s", 18, 50), (32, "m", 70, 130), (32, "l", 220, 420), (224, "s", 18, 50)],
-)
+@every_size
 def test_scaled_litv2_keeps_its_budget(side: int, size: str, low: float, high: float) -> None:
     keeps_budget("hilo", side, size, low, high)

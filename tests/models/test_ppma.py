@@ -12,7 +12,15 @@ from gossamer.mixers import create_mixer
 from gossamer.mixers.polyline import line_mask, polyline_mask, polyline_product
 from gossamer.models import create_model, load_official
 from official import golden, manifest, seeded_state
-from pyramids import SPECS, costs_are_published, equals_official, keeps_budget, manifest_fits, scales
+from pyramids import (
+    any_small_image,
+    costs_are_published,
+    equals_official,
+    every_size,
+    keeps_budget,
+    manifest_fits,
+    scales,
+)
 
 DOUBLE = torch.float64
 TINY = {
@@ -223,18 +231,11 @@ def test_an_exported_ppma_agrees_for_every_batch_size(tmp_path) -> None:
     assert certificate.held == "batch"
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [*SPECS, {"img_size": (28, 40), "in_chans": 3, "num_classes": 4}],
-    ids=lambda s: "x".join(map(str, s["img_size"])),
-)
+@any_small_image
 def test_scaled_ppma_takes_any_small_image(spec) -> None:
     scales("ppma", spec, "xs")
 
 
-@pytest.mark.parametrize(
-    ("side", "size", "low", "high"),
-    [(32, "xs", 3, 9), (32, "s", 18, 50), (32, "m", 70, 130), (32, "l", 220, 420), (224, "s", 18, 50)],
-)
+@every_size
 def test_scaled_ppma_keeps_its_budget(side: int, size: str, low: float, high: float) -> None:
     keeps_budget("ppma", side, size, low, high)

@@ -13,7 +13,7 @@ from gossamer.models.registry import system
 from gossamer.models.t2t_vit import TokensToToken, TokenTransformer, random_features, soft_split
 from gossamer.ops.linear_attention import linear_attention
 from official import golden, manifest, seeded_state
-from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
+from pyramids import SPECS, costs_are_published, costs_within, equals_official, manifest_fits
 
 SLUG = "t2t-vit"
 TINY = {"dim": 24, "depth": 2, "heads": 3, "num_classes": 7, "mlp_ratio": 2.0, "token_dim": 8}
@@ -223,10 +223,7 @@ def test_what_does_not_fit_is_refused(settings: dict, message: str) -> None:
 @pytest.mark.parametrize("size", ["xs", "s"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
 def test_scaled_models_cost_what_their_size_says(spec: dict, size: str) -> None:
-    _, mmacs = scales(SLUG, spec, size)
-    assert mmacs <= {"xs": 8, "s": 40}[size]
-    if min(spec["img_size"]) >= 28:
-        assert mmacs >= {"xs": 3, "s": 20}[size]
+    costs_within(SLUG, spec, size, most={"xs": 8, "s": 40}, least={"xs": 3, "s": 20})
 
 
 @pytest.mark.parametrize(("size", "low", "high"), [("m", 70, 130), ("l", 230, 400)])

@@ -12,7 +12,7 @@ from gossamer.models.registry import rename, system
 from gossamer.models.tnt import WordEmbed
 from gossamer.trunks import Isotropic
 from official import golden, manifest, seeded_state
-from pyramids import SPECS, costs_are_published, equals_official, scales
+from pyramids import SPECS, costs_are_published, costs_within, equals_official
 
 SLUG = "tnt"
 TINY = {"inner_dim": 8, "outer_dim": 24, "depth": 2, "inner_heads": 2, "outer_heads": 3, "num_classes": 7}
@@ -191,10 +191,7 @@ def test_padding_adds_zeros_below_and_to_the_right() -> None:
 @pytest.mark.parametrize("size", ["xs", "s"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
 def test_scaled_models_cost_what_their_size_says(spec: dict, size: str) -> None:
-    _, mmacs = scales(SLUG, spec, size)
-    assert mmacs <= {"xs": 8, "s": 40}[size]
-    if min(spec["img_size"]) >= 28:
-        assert mmacs >= {"xs": 3, "s": 20}[size]
+    costs_within(SLUG, spec, size, most={"xs": 8, "s": 40}, least={"xs": 3, "s": 20})
 
 
 @pytest.mark.parametrize(("size", "low", "high"), [("m", 70, 130), ("l", 230, 400)])
