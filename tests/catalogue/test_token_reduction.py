@@ -54,7 +54,7 @@ def test_questions_have_one_sorted_answer():
 def test_what_an_axis_does_not_have_is_refused_with_what_it_has(axis):
     with pytest.raises(ValueError, match=f"{axis} must be one of {AXES[axis][0]}, .*got 'melting'"):
         find_reductions(**{axis: "melting"})
-    with pytest.raises(ValueError, match="axis must be one of modality, .*got 'colour'"):
+    with pytest.raises(ValueError, match=r"axis must be one of modality, .*got 'colour'"):
         find_reductions(colour="red")
 
 

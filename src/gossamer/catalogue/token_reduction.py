@@ -82,7 +82,8 @@ def read_reductions(path: Path) -> tuple[Reduction, ...]:
             raise ValueError(f"method {row.get('name')!r}: keys must be {sorted(wanted)}, got {sorted(row)}")
         for axis, allowed in AXES.items():
             if row[axis] not in allowed:
-                raise ValueError(f"method {row['name']!r}: {axis} must be one of {', '.join(allowed)}; got {row[axis]!r}")
+                names = ", ".join(allowed)
+                raise ValueError(f"method {row['name']!r}: {axis} must be one of {names}; got {row[axis]!r}")
     twice = [name for name, count in Counter(row["name"] for row in rows).items() if count > 1]
     if twice:
         raise ValueError(f"names must be unique, got {', '.join(twice)} twice")

@@ -16,7 +16,7 @@ def command(
     kind: Annotated[str | None, typer.Option(help="Only this kind, e.g. backbone or token-mixer.")] = None,
     text: Annotated[str | None, typer.Option(help="Only systems whose name or title holds this.")] = None,
     status: Annotated[str | None, typer.Option(help="planned, built or reconstruction.")] = None,
-    reductions: Annotated[bool, typer.Option("--reductions", help="Token-reduction methods of the literature.")] = False,
+    reductions: Annotated[bool, typer.Option("--reductions", help="Token-reduction methods of papers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List all systems, those not built yet included."""

@@ -40,8 +40,8 @@ from gossamer.train.progress import Progress
 
 # With at least this much time a cheaper second finalist is trained as well, with this share of the finish.
 SECOND_FROM_S, SECOND_SHARE = 480.0, 0.25
-# And a smaller copy of the best is made and recovered for this share of the whole time, at most this share of that spent
-# on choosing the pass.
+# And a smaller copy of the best is made and recovered for this share of the whole time, at most this share of that
+# spent on choosing the pass.
 SHRINK_FROM_S, SHRINK_SHARE = 240.0, 0.06
 KEEP, CHOOSING = 0.6, 0.4
 # Others are finished as well while the first have left at least a fifth of the time, up to this many.
