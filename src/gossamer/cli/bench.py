@@ -1,4 +1,4 @@
-"""`gossamer bench mixers`: token mixers measured against each other on this device."""
+"""`gossamer bench mixers`: token mixers measured against each other on this device; `bench models` is beside it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gossamer.cli import bench_models
 from gossamer.cli.options import AsJson, Seed
 from gossamer.cli.show import print_json, print_table
 from gossamer.cli.units import parse_duration, parse_positive, short
@@ -17,6 +18,9 @@ app = typer.Typer(help="Suites that compare many things side by side.", no_args_
 @app.callback()
 def _suites() -> None:
     pass
+
+
+app.command("models")(bench_models.command)
 
 
 @app.command("mixers")

@@ -1,7 +1,8 @@
 """The cost of a module on a device: parameters, MACs, latency, memory, energy."""
 
+from .activations import Activations, activations
 from .device import device_info, device_key
-from .energy import Energy, energy_estimate
+from .energy import Energy, EnergyCosts, energy_estimate
 from .macs import MacCount, macs, register_macs
 from .memory import PeakMemory, peak_memory
 from .parameters import parameter_table, parameters, weight_bytes
@@ -10,11 +11,14 @@ from .table import LatencyTable
 from .timing import Latency, distinguishable, latency
 
 __all__ = [
+    "Activations",
     "Energy",
+    "EnergyCosts",
     "Latency",
     "LatencyTable",
     "MacCount",
     "PeakMemory",
+    "activations",
     "device_info",
     "device_key",
     "distinguishable",
