@@ -17,7 +17,7 @@ from torch import Tensor
 from gossamer.layers.blocks import Block
 from gossamer.layers.linear import linear
 from gossamer.layers.ranking import best, share_down
-from gossamer.layers.reduce import ReducingBlock, Tokens, second_branch
+from gossamer.layers.reduce import ReducingBlock, Tokens, note, second_branch
 from gossamer.ops import tokens as ops
 from gossamer.ops.attention import attention, join_heads
 
@@ -86,6 +86,7 @@ def keep_best(tokens: Tokens, scores: Tensor, protect: int, count: Callable[[Any
     index, real = best(scores, None if mask is None else mask[:, protect:], count)
     front = index[:, :1] * 0 + torch.arange(protect, device=x.device)  # of as many samples, traced too
     index = torch.cat((front, index + protect), 1)
+    note(x, index)
     if mask is not None and real is not None:
         mask = torch.cat((mask[:, :protect], real), 1)
     return Tokens(ops.take(x, index), mask, None if sizes is None else sizes.gather(1, index))

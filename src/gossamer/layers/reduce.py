@@ -13,12 +13,15 @@ attention and MLP, proportional attention); Rao et al. 2021, "DynamicViT" (a mas
 - keys and attention weights of the block are there for the asking, from the one attention that is computed anyway
 - where sizes are carried, attention adds `log s` to the logits of each key: a merged token counts as its members
 - the number of tokens left depends on shapes alone, so the blocks export, with a free batch
+- whoever asks (`Trail`) is told where each token of the stem went, through all reductions, and gets them back in their
+  old number; nobody else pays for it
 """
 
+from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gossamer.layers.blocks import Block
@@ -169,6 +172,7 @@ class MergingBlock(ReducingBlock):
             return tokens
         assert seen.keys is not None
         found = ops.match(seen.keys.mean(1), r, protect=self.protect, mask=mask)
+        note(x, found.stay, found.gone, found.into, found.real)
         sizes = torch.ones_like(x[..., 0]) if sizes is None else sizes
         x, sizes = ops.combine(x, sizes, found, self.moved(x, sizes, found))
         return Tokens(x, None if mask is None else mask.gather(1, found.stay), sizes)
@@ -183,3 +187,98 @@ class MergingBlock(ReducingBlock):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, tokens={self.tokens}, protect={self.protect}"
+
+
+# ---- where tokens went -----------------------------------------------------------------------------------------------
+
+
+class Trail:
+    """Follows the tokens of `model` while it is open: `with Trail(model) as trail: model(x)`.
+
+    Args:
+        model: a trunk of `blocks` and a `head` (`gossamer.trunks.Isotropic`).
+
+    Attributes:
+        counts: tokens that the MLP of each block worked on.
+        source: `(b, n)`, the place that now holds each token of the stem, -1 where it was dropped.
+        tokens, mask: what came to the head.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.counts: list[int] = []
+        self.source: Tensor
+        self.tokens: Tensor
+        self.mask: Tensor | None = None
+
+    def __enter__(self) -> "Trail":
+        global _trail
+        self._outer, _trail = _trail, self
+        blocks = self.model.blocks
+        self._hooks = [
+            blocks[0].register_forward_pre_hook(self._begin),
+            self.model.head.register_forward_pre_hook(self._end),
+        ]
+        for block in blocks:
+            part = getattr(getattr(block, "block", block), "mlp", None)
+            if part is not None:
+                self._hooks.append(part.register_forward_pre_hook(lambda _, args: self.counts.append(args[0].shape[1])))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        global _trail
+        _trail = self._outer
+        for hook in self._hooks:
+            hook.remove()
+
+    def restore(self, fill: float = 0.0) -> Float[Tensor, "b n c"]:
+        """The tokens at the head in the number and order of the stem's; `fill` where one was dropped or is padding.
+
+        Merged tokens get what they became together.
+        """
+        found = ops.unmerge(self.tokens, self.source.clamp(min=0))
+        return found.masked_fill((self.source < 0)[..., None], fill)
+
+    def _begin(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        self.counts.clear()
+        self.source = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+
+    def _go(self, goes: Tensor) -> None:
+        self.source = torch.where(self.source < 0, -1, goes.gather(1, self.source.clamp(min=0)))
+
+    def _end(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.tokens, self.mask = args[:2]
+        if self.mask is not None:
+            places = torch.arange(self.mask.shape[1], device=self.mask.device)
+            self._go(torch.where(self.mask, places, -1))
+
+
+_trail: Trail | None = None
+
+
+def following() -> bool:
+    """Whether somebody wants to know where tokens go."""
+    return _trail is not None
+
+
+def note(
+    x: Float[Tensor, "b n c"],
+    stay: Int[Tensor, "b m"],
+    gone: Int[Tensor, "b r"] | None = None,
+    into: Int[Tensor, "b r"] | None = None,
+    real: Bool[Tensor, "b r"] | None = None,
+) -> None:
+    """Tells an open `Trail` that of the tokens `x` those at `stay` are left, in that order, and where the others went.
+
+    Args:
+        gone: tokens that went into others, `into` their places among those that stay, or behind them; what is not
+            `real`, or named nowhere, was dropped.
+    """
+    if _trail is None:
+        return
+    places = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
+    goes = stay.new_full(x.shape[:2], -1).scatter(1, stay, places)
+    if gone is not None and into is not None:
+        goes = goes.scatter_reduce(1, gone, into if real is None else torch.where(real, into, -1), "amax")
+    _trail._go(goes)

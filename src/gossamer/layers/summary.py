@@ -21,7 +21,7 @@ from gossamer.layers.blocks import Block
 from gossamer.layers.class_attention import ClassAttentionBlock, Heads
 from gossamer.layers.mlp import Mlp
 from gossamer.layers.ranking import highest, share_up
-from gossamer.layers.reduce import Tokens
+from gossamer.layers.reduce import Tokens, following, note
 from gossamer.ops import tokens as ops
 from gossamer.ops.attention import attention, join_heads, split_heads
 
@@ -102,10 +102,15 @@ class SummaryBlock(ClassAttentionBlock):
         if real is not None:
             real = real.gather(1, order)
             stays = torch.arange(n, device=x.device) < share_up(self.alpha)(real.sum(1))[:, None]
+        others = ~stays if real is None else real & ~stays
+        if following():
+            front = torch.arange(self.protect, device=x.device).expand(len(x), -1)
+            behind = order + self.protect
+            last = torch.full_like(order, self.protect + kept)
+            note(x, torch.cat((front, behind[:, :kept]), 1), behind, last, others.expand_as(order) & self.fuse)
         parts = [x[:, : self.protect], patches[:, :kept]]
         marks = None if mask is None or real is None else [mask[:, : self.protect], (real & stays)[:, :kept]]
         if self.fuse:
-            others = ~stays if real is None else real & ~stays
             parts.append(fused(patches, score.gather(1, order), others.expand(patches.shape[:2])))
             if marks is not None:
                 marks.append(others.any(1, keepdim=True))
@@ -162,6 +167,8 @@ class PatchAbstraction(nn.Module):
     ) -> tuple[Float[Tensor, "b m c"], Bool[Tensor, "b m"] | None, None]:
         # The last token stands for those that were dropped; it is read, not asked.
         count = min(self.protect + share_up(self.beta)(x.shape[1] - self.protect - 1), self.places.shape[1])
+        if following():
+            note(x, torch.arange(count, device=x.device).expand(len(x), -1))
         q, rest = x[:, :count] + self.places[:, :count], x[:, count:]
         own, read = (None, None) if mask is None else (mask[:, :count], mask[:, count:])
         for layer in self.layers:

@@ -6,9 +6,8 @@ list of some 500 others; it reports no figures of its own), arXiv 2505.18227.
 - its demand on software: one interface, so that every method runs under one benchmark, beside no reduction and beside
   a random one at the same budget; whatever passes are registered as token reduction take part
 - a pass's own `keep` may mean tokens, blocks or MACs; it is solved for the MACs that are counted on the model
-- `METHODS` are its representative methods along its axes, and which of them are passes here; signal and stage are
-  normalised, since the paper names them in several ways
-- of its five claims, only robustness against tokens that mean nothing is made a test; opinions are not
+- its representative methods along its axes are in `gossamer.catalogue.token_reduction`; what it hopes for beyond
+  efficiency is tried in `gossamer.shrink.beyond_efficiency`
 """
 
 from __future__ import annotations
@@ -18,19 +17,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gossamer.layers.reduce import MergingBlock, Seen, Tokens
+from gossamer.layers.reduce import MergingBlock, Seen, Tokens, Trail, note
 from gossamer.measure import Latency, latency, macs
 from gossamer.ops import tokens as ops
 from gossamer.shrink.base import Calibration, Unsupported, check_share, find_pass, passes, run_pass
 from gossamer.shrink.passes.merging import mergeable, removals, wrap_blocks
 from gossamer.shrink.recovery import check_steps, recover
+from gossamer.shrink.sequences import sequence_of
+from gossamer.trunks import Isotropic
 
-HALVINGS = 7
+# A setting is looked for in so many halvings, or until the share of MACs is that near.
+HALVINGS, NEAR = 7, 0.01
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Row:
         keep: share of the dense model's MACs that was asked for.
         setting: the pass's own `keep` that gives it.
         share, macs: what is left, counted on one sample.
+        tokens: that the MLP of each block worked on, counted likewise; None for models that are no sequence of blocks.
         score: the task's metric on the validation split.
         latency: of one sample, measured beside the others of the same `keep`; None where not asked for.
         why: why the method has no figures.
@@ -52,6 +55,7 @@ class Row:
     setting: float | None = None
     share: float | None = None
     macs: int | None = None
+    tokens: list[int] | None = None
     score: float | None = None
     latency: Latency | None = None
     why: str = ""
@@ -92,7 +96,7 @@ def compare_token_reduction(
     model = copy.deepcopy(model).eval()
     example = calibration.example()
     whole = macs(model, example).total
-    rows = [Row("dense", 1.0, 1.0, 1.0, whole, calibration.score(model))]
+    rows = [Row("dense", 1.0, 1.0, 1.0, whole, token_counts(model, example), calibration.score(model))]
     for keep in keeps:
         made: dict[str, nn.Module] = {"dense": model}
         found = []
@@ -103,8 +107,10 @@ def compare_token_reduction(
             except Unsupported as error:
                 found.append(Row(name, keep, why=str(error)))
                 continue
-            left = macs(made[name], example).total
-            found.append(Row(name, keep, setting, left / whole, left, calibration.score(made[name])))
+            net = made[name]
+            left = macs(net, example).total
+            tokens = token_counts(net, example)
+            found.append(Row(name, keep, setting, left / whole, left, tokens, calibration.score(net)))
         timed: dict[str, Latency | None] = dict.fromkeys(made)
         if latency_s:
             with torch.inference_mode():
@@ -120,8 +126,17 @@ def token_passes() -> list[str]:
     return [name for name, entry in passes().items() if entry.family == "token reduction"]
 
 
+def token_counts(model: Any, inputs: tuple[Tensor, ...]) -> list[int] | None:
+    """Tokens of each sample that the MLP of each block works on; None where the model is no sequence of blocks."""
+    if not isinstance(model, Isotropic):
+        return None
+    with torch.no_grad(), Trail(model) as trail:
+        model(*inputs)
+    return trail.counts
+
+
 def solve_setting(name: str, model: nn.Module, calibration: Calibration, keep: float) -> float:
-    """The largest `keep` of the pass with which at most the share `keep` of the model's MACs is left.
+    """About the largest `keep` of the pass with which at most the share `keep` of the model's MACs is left.
 
     Raises:
         Unsupported: the pass cannot handle the model, or cannot leave so little.
@@ -139,6 +154,8 @@ def solve_setting(name: str, model: nn.Module, calibration: Calibration, keep: f
             continue
         if left <= keep * whole:
             low = best = middle
+            if left >= (keep - NEAR) * whole:
+                break
         else:
             high = middle
     if best is None:
@@ -148,17 +165,20 @@ def solve_setting(name: str, model: nn.Module, calibration: Calibration, keep: f
 
 def table(rows: Sequence[Row], metric: str = "score") -> str:
     """The rows as a table in Markdown."""
-    lines = [f"| method | MACs left | {metric} | latency |", "|---|---|---|---|"]
+    lines = [f"| method | MACs left | tokens | {metric} | latency |", "|---|---|---|---|---|"]
     for row in rows:
         if row.share is None:
-            lines.append(f"| {row.method} | (asked: {row.keep:.0%}) | {row.why} | |")
+            lines.append(f"| {row.method} | (asked: {row.keep:.0%}) | | {row.why} | |")
         else:
-            lines.append(f"| {row.method} | {row.share:.1%} | {row.score:.4g} | {row.latency or ''} |")
+            tokens = " ".join(map(str, row.tokens or ()))
+            lines.append(f"| {row.method} | {row.share:.1%} | {tokens} | {row.score:.4g} | {row.latency or ''} |")
     return "\n".join(lines)
 
 
 class RandomBlock(MergingBlock):
     """As many tokens as `MergingBlock` merges are dropped unread, the same of every sample; padding first."""
+
+    seed = 0
 
     def before(self, tokens: Tokens) -> Tokens:
         x, mask, _ = tokens
@@ -166,15 +186,37 @@ class RandomBlock(MergingBlock):
         r = self.count(n)
         if r <= 0:
             return tokens
-        score = torch.rand(n, generator=torch.Generator().manual_seed(n)).to(x).expand(x.shape[0], -1)
+        lots = torch.Generator().manual_seed(n + 7919 * self.seed)
+        score = torch.rand(n, generator=lots).to(x).expand(x.shape[0], -1)
         if mask is not None:
             score = score.masked_fill(~mask, -1.0)
         score = score.masked_fill(torch.arange(n, device=x.device) < self.protect, 2.0)
-        x, index = ops.select(x, score, n - r)
-        return Tokens(x, None if mask is None else mask.gather(1, index))
+        left, index = ops.select(x, score, n - r)
+        note(x, index)
+        return Tokens(left, None if mask is None else mask.gather(1, index))
 
     def between(self, tokens: Tokens, seen: Seen) -> Tokens:
         return tokens
+
+    def count(self, n: int) -> int:
+        return min(self.r * n // self.tokens, n - self.protect - 1)
+
+
+def random_like(model: nn.Module, reduced: nn.Module, calibration: Calibration, seed: int = 0) -> nn.Module:
+    """A copy of `model` whose blocks work on as many tokens as those of `reduced`, the others dropped unread.
+
+    Raises:
+        Unsupported: the tokens of the model cannot be dropped.
+    """
+    net: Any = copy.deepcopy(model)
+    found = sequence_of(net, calibration, "random")
+    come = found.tokens
+    for i, count in enumerate(token_counts(reduced, calibration.example()) or ()):
+        if count < come:
+            net.blocks[i] = RandomBlock(net.blocks[i], come - count, tokens=come, protect=found.protect)
+            net.blocks[i].seed = seed
+            come = count
+    return net
 
 
 def _reduced(
@@ -195,80 +237,3 @@ def _reduced(
             return net
     recover(net, calibration, steps=steps, lr=lr or 1e-4, began=began, teacher=copy.deepcopy(model))
     return net.eval()
-
-
-class Method(NamedTuple):
-    """A method of the literature along the axes of the position paper; `covered_by` is the pass that does it here."""
-
-    name: str
-    year: int
-    modality: str
-    operation: str
-    signal: str
-    stage: str
-    training: str
-    goal: str = "efficiency"
-    covered_by: str | None = None
-
-
-MODALITIES = ("vision", "language", "vision-language", "diffusion")
-OPERATIONS = ("pruning", "merging", "clustering", "compression", "routing")
-_INSIDE, _LLM = "inside encoder", "inside LLM"
-_ATTENTION, _LEARNED, _ALIKE, _POLICY = "attention", "learned predictor", "similarity", "RL policy"
-
-METHODS = (
-    Method("DynamicViT", 2021, "vision", "pruning", _LEARNED, _INSIDE, "fine-tuned"),
-    Method("IA-RED2", 2021, "vision", "pruning", _POLICY, _INSIDE, "fine-tuned", covered_by="ia_red2"),
-    Method("EViT", 2022, "vision", "pruning", _ATTENTION, _INSIDE, "fine-tuned"),
-    Method("A-ViT", 2022, "vision", "pruning", _LEARNED, _INSIDE, "fine-tuned"),
-    Method("ATS", 2022, "vision", "pruning", _ATTENTION, _INSIDE, "none"),
-    Method("SPViT", 2022, "vision", "pruning", _LEARNED, _INSIDE, "fine-tuned"),
-    Method("Evo-ViT", 2022, "vision", "pruning", _ATTENTION, _INSIDE, "from scratch"),
-    Method("Zero-TPrune", 2024, "vision", "pruning", _ATTENTION, _INSIDE, "none"),
-    Method("EET", 2025, "vision", "pruning", _ATTENTION, _INSIDE, "fine-tuned", covered_by="eet"),
-    Method("ToMe", 2023, "vision", "merging", _ALIKE, _INSIDE, "none", covered_by="merging"),
-    Method("PYRA", 2024, "vision", "merging", _ALIKE, _INSIDE, "adapters", covered_by="pyra"),
-    Method("PiToMe", 2024, "vision", "merging", _ALIKE, _INSIDE, "none"),
-    Method("vid-TLDR", 2024, "vision", "merging", _ATTENTION, _INSIDE, "none"),
-    Method("Token Pooling", 2021, "vision", "clustering", _ALIKE, _INSIDE, "fine-tuned"),
-    Method("ATC", 2024, "vision", "clustering", _ALIKE, _INSIDE, "none"),
-    Method("LookupViT", 2024, "vision", "compression", _LEARNED, _INSIDE, "from scratch"),
-    Method("ToMeSD", 2023, "diffusion", "merging", _ALIKE, "inside denoiser", "none"),
-    Method("PoWER-BERT", 2020, "language", "pruning", _ATTENTION, _INSIDE, "fine-tuned"),
-    Method("TR-BERT", 2021, "language", "pruning", _POLICY, _INSIDE, "fine-tuned"),
-    Method("Length-Adaptive Transformer", 2021, "language", "pruning", _ATTENTION, _INSIDE, "fine-tuned"),
-    Method("Magic Pyramid", 2021, "language", "pruning", _ATTENTION, _INSIDE, "fine-tuned"),
-    Method("LTP", 2022, "language", "pruning", _ATTENTION, _INSIDE, "fine-tuned"),
-    Method("AdapLeR", 2022, "language", "pruning", "saliency", _INSIDE, "fine-tuned"),
-    Method("Pyramid-BERT", 2022, "language", "clustering", _ALIKE, _INSIDE, "fine-tuned"),
-    Method("LLMLingua", 2023, "language", "pruning", "entropy", "before LLM", "none", "long context"),
-    Method("LazyLLM", 2024, "language", "pruning", _ATTENTION, _LLM, "none", "long context"),
-    Method("Gist tokens", 2023, "language", "compression", _LEARNED, _LLM, "fine-tuned", "long context"),
-    Method("AutoCompressor", 2023, "language", "compression", _LEARNED, _LLM, "fine-tuned", "long context"),
-    Method("ICAE", 2023, "language", "compression", _LEARNED, "before LLM", "fine-tuned", "long context"),
-    Method("Mixture-of-Depths", 2024, "language", "routing", _LEARNED, _LLM, "from scratch"),
-    Method("TRIPS", 2022, "vision-language", "pruning", "text-conditioned", _INSIDE, "fine-tuned", "alignment"),
-    Method("BUS", 2023, "vision-language", "pruning", "text-conditioned", _INSIDE, "fine-tuned", "alignment", "bus"),
-    Method("PuMer", 2023, "vision-language", "merging", "text-conditioned", _INSIDE, "fine-tuned", "alignment"),
-    Method("FastV", 2024, "vision-language", "pruning", _ATTENTION, _LLM, "none"),
-    Method("TokenPacker", 2024, "vision-language", "compression", _LEARNED, "between encoder and LLM", "fine-tuned"),
-    Method("p-MoD", 2024, "vision-language", "routing", _LEARNED, _LLM, "fine-tuned", covered_by="p_mod"),
-)
-
-
-def methods(*, modality: str | None = None, operation: str | None = None, covered: bool | None = None) -> list[Method]:
-    """The methods that match all that is given, by name.
-
-    Raises:
-        ValueError: no such modality or operation.
-    """
-    for axis, value, known in (("modality", modality, MODALITIES), ("operation", operation, OPERATIONS)):
-        if value is not None and value not in known:
-            raise ValueError(f"{axis} must be one of {', '.join(known)}; got {value!r}")
-    return sorted(
-        m
-        for m in METHODS
-        if modality in (None, m.modality)
-        and operation in (None, m.operation)
-        and covered in (None, m.covered_by is not None)
-    )

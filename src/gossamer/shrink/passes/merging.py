@@ -108,7 +108,12 @@ def mergeable(model: Any, calibration: Calibration, what: str = "merging") -> Me
     found = sequence_of(model, calibration, what)
     if not needs_sizes(model):
         raise Unsupported(f"{what}: head ({type(model.head).__name__}) does not weigh merged tokens by their sizes")
-    return Mergeable(found.tokens, found.protect, [_costs(block, found.tokens) for block in found.blocks])
+    # Blocks of the same shapes cost the same: one count does for all of them.
+    kinds = [
+        (block.mixer.head_dim, *((name, p.shape) for name, p in block.named_parameters())) for block in found.blocks
+    ]
+    costs = {kind: _costs(block, found.tokens) for kind, block in dict(zip(kinds, found.blocks, strict=True)).items()}
+    return Mergeable(found.tokens, found.protect, [costs[kind] for kind in kinds])
 
 
 def removals(found: Mergeable, keep: float, schedule: str = "constant") -> list[int]:
