@@ -118,6 +118,21 @@ def test_a_recipe_is_followed_in_order(digits, few, tmp_path):
     assert {s["step"] for s in steps[1:]} == {"prune"}
 
 
+def test_recovery_learns_what_signals_name(digits, few, tmp_path, monkeypatch):
+    taught = []
+    original = module.objective
+    monkeypatch.setattr(module, "objective", lambda **how: taught.append(how["signals"]) or original(**how))
+    signals = ["logits", "relations"]
+    recipe = [{"pass": "magnitude", "keep": 0.5}, {"pass": "recover", "seconds": 3, "signals": signals}]
+    options = ShrinkOptions(
+        model=str(digits), data="digits", recipe=recipe, seconds=20, out=tmp_path / "out", quiet=True
+    )
+    result = shrink(options)
+    assert taught
+    assert all(t == signals for t in taught)
+    assert result.results["winner"]["recipe"] == recipe
+
+
 def test_any_module_is_shrunk_through_the_api(few, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TRIED", ("magnitude", "dependency"))
     pytest.importorskip("torch_pruning", reason="torch-pruning is an extra")
@@ -146,6 +161,8 @@ def test_any_module_is_shrunk_through_the_api(few, tmp_path, monkeypatch):
         ({"shares": {"speed": 0.4}}, "budget must name"),
         ({"recipe": [{"keep": 0.5}]}, "each line of a recipe"),
         ({"recipe": [{"pass": "melt"}]}, "pass must be one of"),
+        ({"recipe": [{"pass": "recover", "minutes": 3}]}, "recover has no setting minutes"),
+        ({"recipe": [{"pass": "recover", "signals": ["smells"]}]}, "signals"),
         ({"data": "toy-text"}, "toy-text are texts"),
     ],
 )

@@ -36,6 +36,7 @@ from gossamer.shrink.artefacts import Point, Workshop, choose, export_quickly
 from gossamer.shrink.base import Calibration, Unsupported, find_pass, passes, run_pass
 from gossamer.shrink.budget import excess
 from gossamer.shrink.options import ShrinkOptions, ShrinkResult
+from gossamer.shrink.passes.teaching import check_signals, objective
 from gossamer.shrink.recipe import load
 from gossamer.shrink.report import write_report
 from gossamer.shrink.subject import Subject, open_subject, read_for
@@ -59,6 +60,7 @@ PROBED = 0.07
 BATCHES = (32, 64, 128)  # batch sizes of recovery: the largest that pays, a sample taking this share of before
 PAYS = 0.8
 HINTED = 0.15  # of the time left after the trials goes into a short recovery of each way, to choose among them
+RECOVER = ("seconds", "signals", "relation_heads")  # settings of `recover` in a recipe
 COSTS = ("latency", "size", "params", "macs")
 
 
@@ -94,6 +96,10 @@ def shrink(options: ShrinkOptions) -> ShrinkResult:
     for entry in options.recipe or ():
         if entry["pass"] not in ("recover", "int8"):
             find_pass(entry["pass"])
+        elif unknown := sorted(set(entry) - {"pass", *(RECOVER if entry["pass"] == "recover" else ())}):
+            raise ValueError(f"{entry['pass']} has no setting {', '.join(unknown)}; recover has {', '.join(RECOVER)}")
+        elif "signals" in entry:
+            check_signals(entry["signals"])
     folder = options.folder()
     claim(folder, options.identity())
     if (folder / "results.json").exists():
@@ -431,8 +437,11 @@ class _Run:
         )
         self._points(trial.name, lambda: self._restore(place / "model"), gated=before, recipe=trial.recipe)
 
-    def _recover(self, model: nn.Module, seconds: float, state: Path) -> int:
-        """Trains `model` with the model as it came for a teacher, at the rate that did best in a short trial."""
+    def _recover(self, model: nn.Module, seconds: float, state: Path, **taught: Any) -> int:
+        """Trains `model` with the model as it came for a teacher, at the rate that did best in a short trial.
+
+        `taught` are the keywords of `objective`, where more than the answers is to be learnt.
+        """
         if seconds < 2:
             return 0
         rate = state.with_name("rate.json")
@@ -440,14 +449,14 @@ class _Run:
             scores = {}
             size = self._batch_size(model)
             for lr in RATES:
-                probe = self._trainer(copy.deepcopy(model), lr, size)
+                probe = self._trainer(copy.deepcopy(model), lr, size, **taught)
                 with suppress(Diverged):
                     probe.train(seconds=PROBED * seconds, schedule="linear", stop=lambda: self.clock.interrupted)
                 with probe.averaged():
                     scores[lr] = self.sign * self.calibration.score(probe.model, limit=SCREENED)
             best = max(scores, key=lambda lr: (not math.isnan(scores[lr]), scores[lr]))
             write_json(rate, {"lr": best, "batch_size": size})
-        trainer = self._trainer(model, **read_json(rate))
+        trainer = self._trainer(model, **read_json(rate), **taught)
         if state.exists():
             trainer.load(state)
         last = time.perf_counter()
@@ -482,8 +491,13 @@ class _Run:
             best, before = size, each
         return best
 
-    def _trainer(self, model: nn.Module, lr: float, batch_size: int = BATCHES[0]) -> Trainer:
+    def _trainer(self, model: nn.Module, lr: float, batch_size: int = BATCHES[0], **taught: Any) -> Trainer:
         settings: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "ema": 0.98, "precision": "auto"}
+        if taught:
+            how = objective(
+                student=model, teacher=self.model, task=self.task, inputs=self.calibration.example(4), **taught
+            )
+            return self.calibration.trainer(model, objective=how, **settings)
         return self.calibration.trainer(model, teacher=self.model, **settings)
 
     def _recipe(self, before: Point, recipe: list[dict[str, Any]]) -> None:
@@ -501,7 +515,8 @@ class _Run:
                 self.progress.tell(f"step {name}")
                 changed = self._restore(save(model, place.with_name("from")))
                 share = max(0.0, TRAINED_BY * self.clock.total - self.clock.used)
-                self._recover(changed, float(settings.get("seconds", share)), place.with_name("state.pt"))
+                seconds = float(settings.pop("seconds", share))
+                self._recover(changed, seconds, place.with_name("state.pt"), **settings)
             else:
                 self.progress.tell(f"step {name}")
                 left = Calibration(self.task, self.data, max(30.0, self.clock.left * 0.7), self.options.seed)
