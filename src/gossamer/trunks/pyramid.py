@@ -51,7 +51,7 @@ class Pyramid(nn.Module):
         x = through(self, by_parts, cast(nn.Sequential, self.stages[0]), self.stem(image))
         maps = [x]
         for merge, stage in zip(self.merges, self.stages[1:], strict=True):
-            x = through(self, by_parts, stage, merge(x))
+            x = through(self, by_parts, cast(nn.Sequential, stage), merge(x))
             maps.append(x)
         return maps
 
