@@ -82,12 +82,12 @@ def _forwards(blocks: Blocks, x: Pair, mask: Tensor | None, note: Callable[[], o
     return one, two
 
 
-def _mixed(block: Block, x: Tensor, mask: Tensor | None) -> Tensor:
+def _mixed(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     y = block.mixer(block.norm1(x)) if mask is None else block.mixer(block.norm1(x), mask=mask)
     return _branch(block, y, block.scale1)
 
 
-def _mlp(block: Block, x: Tensor) -> Tensor:
+def _mlp(block: Any, x: Tensor) -> Tensor:
     return _branch(block, block.mlp(block.norm2(x)), block.scale2)
 
 
