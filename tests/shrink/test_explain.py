@@ -5,12 +5,13 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from gossamer.catalogue.techniques import techniques
 from gossamer.cli import app
 from gossamer.data import read_dataset
 from gossamer.io import write_json
 from gossamer.models import create_model
 from gossamer.models.folder import save
-from gossamer.shrink.explain import explain
+from gossamer.shrink.explain import PROBES, _judge, explain
 from gossamer.shrink.options import ShrinkOptions
 
 
@@ -51,3 +52,29 @@ def test_the_command_prints_it(advice):
     assert answer.exit_code == 0, answer.output
     assert json.loads(answer.stdout)["facts"]["macs"] > 0
     assert "suits:" in CliRunner().invoke(app, call).stdout
+
+
+def facts(**known):
+    return {"decoder": False, "tokens": 2048, "attention_share": 0.5, **known}
+
+
+@pytest.mark.parametrize("share", [{}, {"macs": 0.6}, {"latency": 0.5}, {"size": 0.3}])
+def test_no_technique_that_looks_ahead_suits_a_decoder_whatever_was_measured(share):
+    good = {name: dict.fromkeys(("latency", "macs", "params", "size"), 0.5) for name in ("int8", *PROBES)}
+    rows = [_judge(t, good, facts(decoder=True), share) for t in techniques()]
+    assert rows == [_judge(t, good, facts(decoder=True), share) for t in techniques()]
+    for t, row in zip(techniques(), rows, strict=True):
+        assert row.reason
+        if not t.causal and t.covered:
+            assert row.verdict == "does not suit"
+            assert "decoder" in row.reason
+    other = [_judge(t, good, facts(), share) for t in techniques()]
+    merging = next(r for r in other if r.technique == "similarity merging")
+    assert merging.verdict == ("does not suit" if "size" in share else "suits")
+
+
+def test_what_saves_nothing_of_what_was_asked_for_does_not_suit():
+    none = {name: dict.fromkeys(("latency", "macs", "params", "size"), 1.0) for name in ("int8", *PROBES)}
+    rows = [_judge(t, none, facts(), {"latency": 0.7}) for t in techniques()]
+    assert not [r for r in rows if r.verdict == "suits"]
+    assert not [r for r in rows if r.enough]

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.catalogue.techniques import Technique, techniques
+from gossamer.catalogue.techniques import Technique, counts, few_tokens, objection, techniques
 from gossamer.io import quantize_onnx
 from gossamer.measure import device_info, macs, parameters
 from gossamer.measure.parameters import weight_bytes
+from gossamer.measure.roofline import Roofline, Work
 from gossamer.shrink.artefacts import calibration_feeds, export_quickly, file_cost
 from gossamer.shrink.base import Calibration, Unsupported, passes, run_pass
 from gossamer.shrink.options import ShrinkOptions
@@ -33,7 +34,6 @@ KEEP = 0.6  # strength of a probe where the budget names none
 # Passes whose costs a cheaper pass shows: the widths they leave are the same, only which members they choose differs.
 LIKE = {"optin": "magnitude", "latency_widths": "magnitude", "axformer": "magnitude", "pyra": "merging"}
 PROBES = ("magnitude", "merging", "greenformers", "pre_rmsnorm", "dependency")
-FEW_TOKENS = 512
 VERDICTS = ("suits", "for a recipe", "does not suit", "not built")
 
 
@@ -88,6 +88,11 @@ class Advice:
                 lines.append(f"{mark}{row.technique}{by}: {costs + '; ' if costs else ''}{row.reason}")
             if rows:
                 lines.append("")
+        c = counts()
+        lines.append(
+            f"{c['techniques_built']} of the {c['techniques']} techniques of the surveys are built here, "
+            f"{c['methods_built']} of the {c['methods']} methods named under them"
+        )
         lines.append("* meets the budget by itself; percentages are of the exported file now, measured on this device")
         return "\n".join(lines)
 
@@ -157,8 +162,7 @@ def _facts(subject: Subject, one: tuple[Tensor, ...], base: dict[str, float]) ->
     count = macs(model, one)
     between = sum(v for k, v in count.by_op.items() if "attention" in k or "bmm" in k)
     causal = any(getattr(part, "causal", False) for part in model.modules())
-    peak, bandwidth = _peak(), _bandwidth()
-    compute_s, memory_s = count.total / peak, weight_bytes(model) / bandwidth
+    roof, work = Roofline(_peak(), _bandwidth()), Work(count.total, weight_bytes(model))
     return {
         "model": subject.name,
         "origin": subject.origin,
@@ -173,10 +177,10 @@ def _facts(subject: Subject, one: tuple[Tensor, ...], base: dict[str, float]) ->
             p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
         )
         / max(base["params"], 1),
-        "peak_gmacs": peak / 1e9,
-        "bandwidth_gbs": bandwidth / 1e9,
-        "bound": "products" if compute_s >= memory_s else "memory",
-        "over_roof": base["latency"] / 1e3 / max(compute_s, memory_s, 1e-9),
+        "peak_gmacs": roof.peak / 1e9,
+        "bandwidth_gbs": roof.bandwidth / 1e9,
+        "bound": roof.bound(work),
+        "over_roof": base["latency"] / 1e3 / max(roof.seconds(work), 1e-9),
         "device": device_info(),
     }
 
@@ -208,13 +212,12 @@ def _judge(
 
     if not t.covered:
         return row("not built", t.when)
-    if facts["decoder"] and not t.causal:
-        return row("does not suit", "it looks at later tokens, and this model is a decoder")
+    against = objection(t, decoder=facts["decoder"])
+    if against:
+        return row("does not suit", against)
     if t.training == "full":
-        few = 0 < facts["tokens"] <= FEW_TOKENS and t.family == "other mixing"
-        reason = (
-            f"only {facts['tokens']} tokens: attention is {facts['attention_share']:.0%} of the work" if few else t.when
-        )
+        few = f"only {facts['tokens']} tokens: attention is {facts['attention_share']:.0%} of the work"
+        reason = few if few_tokens(t, facts["tokens"]) else t.when
         return row("does not suit", f"{reason}; it needs a new model (gossamer fit)")
     if shares and t.reduces and not set(shares) & set(t.reduces):
         return row("does not suit", f"it lowers {', '.join(t.reduces)}, the budget is of {', '.join(shares)}")
