@@ -27,7 +27,8 @@ class ShrinkOptions:
         shares: the same as shares of what the model has now, in (0, 1].
         task: the task's name, recognised from the data if None.
         seconds: wall-clock time for everything.
-        recipe: passes in order, `[{"pass": name, **settings}, …]`; None lets the search choose.
+        recipe: passes in order, `[{"pass": name, **settings}, …]` or what else `check_recipe` takes; None lets the
+            search choose.
         weights: the authors' checkpoint, for a model given by name.
         out: folder; by default one under `runs/` named after the arguments, so that the same call goes on with it.
         seed: splits, calibration samples, order.
@@ -41,7 +42,7 @@ class ShrinkOptions:
     shares: dict[str, float] = field(default_factory=dict)
     task: str | None = None
     seconds: float = 1200.0
-    recipe: list[dict[str, Any]] | None = None
+    recipe: Any = None
     weights: str | None = None
     out: Path | None = None
     seed: int = 0
@@ -59,7 +60,7 @@ class ShrinkOptions:
         if self.seconds < 20:
             raise ValueError(f"time must be at least 20s, got {self.seconds:g}s")
         if self.recipe is not None:
-            check_recipe(self.recipe)
+            self.recipe = check_recipe(self.recipe)
 
     def identity(self) -> dict[str, Any]:
         """What makes two calls the same run."""

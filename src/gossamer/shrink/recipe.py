@@ -2,6 +2,9 @@
 
 A step is `{"step": name, …}` with plain values. Nothing is pickled: the model is built by name, the steps are applied
 to it, and then the weights fit.
+
+The user's recipes are one floor above: passes with settings, in the order of `STAGES` (joining, then what takes parts
+out, then teaching, then number formats). They are read from YAML files; those in `recipes/` are found by name.
 """
 
 from __future__ import annotations
@@ -18,14 +21,18 @@ import yaml
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from gossamer.catalogue.techniques import STAGE_OF, STAGES
 from gossamer.io import load_weights, read_json
 from gossamer.layers.fold import fold_batch_norm
 from gossamer.layers.prune import Prunable
 from gossamer.models import create_model
 from gossamer.models.folder import save
-from gossamer.shrink import passes
+from gossamer.shrink import base, passes
 
-__all__ = ["apply", "check_recipe", "load", "note", "read_recipe", "register_step", "replay", "save"]
+__all__ = ["apply", "check_recipe", "load", "note", "presets", "read_recipe", "register_step", "replay", "save"]
+
+RECIPES = Path(__file__).parent / "recipes"
+ORDERS = ("stages", "free")
 
 Stepper = Callable[[nn.Module, dict[str, Any]], None]
 _STEPS: dict[str, Stepper] = {}
@@ -63,29 +70,86 @@ def load(source: str | Path, model: nn.Module | None = None) -> nn.Module:
     return model.eval()
 
 
-def read_recipe(path: str | Path) -> list[dict[str, Any]]:
-    """Passes with their settings from a YAML file: a list of `{pass: name, setting: value, …}`.
+def presets() -> list[str]:
+    """Names of the recipes that come with Gossamer."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(source: str | Path) -> Any:
+    """The recipe in a YAML file, or one of `presets()` by name; see `check_recipe` for its form.
 
     Raises:
-        ValueError: no such file, or no such list in it.
+        ValueError: no such file or name, or no recipe in it.
     """
+    path = RECIPES / f"{source}.yaml" if str(source) in presets() else Path(source)
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no such file: {path}") from None
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"no such file: {source}; recipes by name are {', '.join(presets())}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+        raise ValueError(f"{source} is not YAML: {error}") from None
     check_recipe(recipe)
     return recipe
 
 
-def check_recipe(recipe: Any) -> None:
-    """Raises a ValueError where a recipe is no list of passes with settings."""
-    if not isinstance(recipe, list) or not recipe:
+def check_recipe(recipe: Any) -> list[dict[str, Any]]:
+    """The lines of a recipe: `[{"pass": name, setting: value, …}, …]`, or `{"order": "free", "passes": [...]}`.
+
+    Stages follow each other as in `gossamer.catalogue.techniques.STAGES`: a pass may not stand behind one of a later
+    stage. Exact rewrites and `recover` have no stage, but nothing stands behind `int8`, which is a form of the file.
+    With `order: free` any order is taken, and the answer is for the one who asked for it.
+
+    Raises:
+        ValueError: it is no recipe, a pass is unknown, or the order is wrong.
+    """
+    order = "stages"
+    if isinstance(recipe, dict):
+        if set(recipe) != {"order", "passes"} or recipe["order"] not in ORDERS:
+            raise ValueError(
+                f"a recipe that is no list must be like {{order: free, passes: [...]}} with order one of "
+                f"{', '.join(ORDERS)}; got {recipe!r}"
+            )
+        order, recipe = recipe["order"], recipe["passes"]
+    if not isinstance(recipe, list):
         raise ValueError(f"recipe must be a list of passes, got {type(recipe).__name__}")
+    reached = ("", 0)
     for entry in recipe:
         if not isinstance(entry, dict) or not isinstance(entry.get("pass"), str):
             raise ValueError(f"each line of a recipe must be like {{pass: optin, keep: 0.6}}, got {entry!r}")
+        name = entry["pass"]
+        stage = _stage(name)
+        if order == "free":
+            continue
+        if reached[0] == "int8" or (stage is not None and STAGES.index(stage) < reached[1]):
+            raise ValueError(
+                f"recipe has {name!r} behind {reached[0]!r}; the order is {' -> '.join(STAGES)} "
+                f"({_kinds()}; recover before int8). To have it otherwise: {{order: free, passes: [...]}}"
+            )
+        if stage is not None:
+            reached = (name, STAGES.index(stage))
+    return recipe
+
+
+def _stage(name: str) -> str | None:
+    """The stage of a pass, None for what may stand anywhere before int8.
+
+    Raises:
+        ValueError: there is no such pass.
+    """
+    if name == "recover":
+        return None
+    if name == "int8":
+        return "quantise"
+    try:
+        return STAGE_OF.get(base.find_pass(name).family)
+    except ValueError as error:
+        raise ValueError(f"{error}; a recipe also takes recover and int8, in the order {' -> '.join(STAGES)}") from None
+
+
+def _kinds() -> str:
+    families = {p.family for p in base.passes().values()}
+    kinds = {s: [f for f in STAGE_OF if STAGE_OF[f] == s and f in families] for s in STAGES}
+    return "; ".join(f"{s}: {', '.join(k)}" for s, k in kinds.items() if k)
 
 
 def register_step(name: str) -> Callable[[Stepper], Stepper]:
