@@ -14,7 +14,7 @@ from torch import nn
 from gossamer.measure import macs
 from gossamer.shrink.base import Calibration, Unsupported, passes, run_pass
 
-TRIED = ("optin", "greenformers", "depth", "merging", "latency_widths", "magnitude", "dependency")
+TRIED = ("optin", "greenformers", "depth", "merging", "word_tables", "latency_widths", "magnitude", "dependency")
 # What they are called with beyond `keep`, where it is not their default.
 SETTINGS: dict[str, dict[str, Any]] = {"greenformers": {"solver": "whitened"}}
 SCREENED = 500  # validation items a trial is judged by

@@ -34,7 +34,7 @@ MULTIPLE = 8
 ROWS = 8192
 
 
-@register_pass("word_tables", family="factorisation", saves=("params", "size"), default={"keep": 0.5})
+@register_pass("word_tables", family="factorisation", saves=("macs", "params", "size"), default={"keep": 0.5})
 def word_tables(model: nn.Module, calibration: Calibration, *, keep: float = 0.5, samples: int = 1000) -> list[Step]:
     """Factorises the tables of words, `keep` of their numbers being left.
 
