@@ -1,12 +1,9 @@
 """Key patches and one for the rest; what a text asks for; the decoder that sums up; and the pass."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
-from gossamer.io import export_onnx
 from gossamer.layers import Block, Mlp
 from gossamer.layers.class_attention import attend
 from gossamer.layers.reduce import second_branch
@@ -24,10 +21,8 @@ from gossamer.measure import macs
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model
 from gossamer.shrink import recipe
-from gossamer.shrink.base import Unsupported, run_pass
 from gossamer.shrink.passes.bus import place
-from shrink.loading import same_after_loading
-from shrink.toys import digits, encoder, learned, sentences, texts, vision
+from shrink.toys import vision
 
 
 def block(alpha, residual="pre", dim=16, **options):
@@ -83,16 +78,6 @@ def test_counts_are_rounded_up(n):
     z, _, _ = PatchAbstraction(16, 4, u, beta=0.3)(y)
     assert z.shape[1] == 1 + -(-3 * u // 10)
     assert block(0.7, fuse=False)(torch.randn(2, 1 + n, 16))[0].shape[1] == 1 + u
-
-
-def test_keeping_all_is_the_plain_model():
-    net, x = vision(depth=3).eval(), torch.randn(2, 1, 8, 8)
-    plain = net(x)
-    recipe.apply(net, {"step": "bus", "layer": 1, "alpha": 1.0, "protect": 1})
-    torch.testing.assert_close(net(x), plain, atol=1e-6, rtol=1e-6)
-    shrunk, steps = run_pass("bus", vision(depth=3).eval(), digits(), keep=1.0)
-    assert steps == []
-    assert torch.equal(shrunk(x), plain)
 
 
 def test_a_masked_model_equals_the_one_that_gathers():
@@ -240,58 +225,7 @@ def test_a_new_decoder_passes_the_queries_on_and_a_trained_one_reads_the_rest():
     torch.testing.assert_close(decoder(y, mask=mask)[0], decoder(other, mask=mask)[0])
 
 
-@pytest.mark.parametrize("decoder", [0, 2])
-def test_a_vision_model_shrinks_and_answers_the_same_from_disk_and_from_onnx(decoder, tmp_path):
-    calibration = digits()
-    net = learned(vision(depth=4), calibration, steps=100)
-    shrunk, (step,) = run_pass("bus", net, calibration, keep=0.6, decoder=decoder, steps=60, lr=2e-3)
-    assert step["protect"] == 1
-    x = calibration.example(5)
-    assert decoder or macs(shrunk, x).total < 0.72 * macs(net, x).total
-    assert calibration.score(shrunk) > calibration.score(net) - 0.08
-    same_after_loading(shrunk, x, tmp_path)
-    made = export_onnx(shrunk, x, tmp_path / "m.onnx", dynamic="batch", exporter="fast")
-    assert (made.passed, made.held, made.exporter) == (True, "batch", "fast"), made.reason
-
-
-def test_a_text_encoder_with_padding_shrinks_and_exports(tmp_path):
-    calibration = texts()
-    net = learned(encoder(), calibration, steps=80)
-    shrunk, _ = run_pass("bus", net, calibration, keep=0.8, steps=40, lr=1e-3)
-    assert calibration.score(shrunk) > calibration.score(net) - 0.1
-    ids = sentences(4, 5)[0]
-    same_after_loading(shrunk, ids, tmp_path)
-    made = export_onnx(shrunk, (ids,), tmp_path / "m.onnx", dynamic="batch", exporter="fast")
-    assert (made.passed, made.held) == (True, "batch"), made.reason
-
-
-def test_what_cannot_lose_tokens_is_named_and_left_as_it_was():
-    swin = create_model("swin_t", img_size=32, embed_dim=16, depths=(2, 2), heads=(2, 4), patch=2, window=4)
-    for net, keep, message in (
-        (swin, 0.6, "Pyramid is not one sequence"),
-        (vision(), 0.4, "keep must exceed 0.50"),
-        (vision(depth=1), 0.6, "after block 1 of 1"),
-    ):
-        before = copy.deepcopy(net.state_dict())
-        with pytest.raises(Unsupported, match=message):
-            run_pass("bus", net, digits(), keep=keep)
-        assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
-        assert not hasattr(net, "recipe")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"keep": 1.5}, "keep must be in"),
-        ({"beta": 0.0}, "beta must be in"),
-        ({"layer": 2}, "layer must be in 1..1"),
-        ({"decoder": -1}, "decoder must be"),
-        ({"steps": -1}, "steps must be"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        run_pass("bus", vision(), digits(), **settings)
+def test_a_block_refuses_shares_outside_of_0_to_1():
     for alpha in (0.0, 1.2):
         with pytest.raises(ValueError, match="alpha must be in"):
             block(alpha)

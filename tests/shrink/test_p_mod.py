@@ -1,6 +1,5 @@
 """Mixture of depths: the authors' layer, the ratio schedule, routing that does not look ahead, and the pass."""
 
-import copy
 import math
 
 import pytest
@@ -8,19 +7,18 @@ import torch
 from torch import nn
 
 from gossamer.data.base import Dataset, Split
-from gossamer.io import export_onnx
 from gossamer.layers import Block, Mlp
 from gossamer.layers.depth import WINDOW, DepthBlock
 from gossamer.layers.language import GatedMlp, RMSNorm
 from gossamer.measure import macs
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model
-from gossamer.shrink.base import Calibration, Unsupported, run_pass
+from gossamer.shrink.base import Calibration, run_pass
 from gossamer.shrink.passes.p_mod import ratios, solve
 from gossamer.tasks import create_task
 from official import golden, probe, seeded_input, seeded_state
 from shrink.loading import same_after_loading
-from shrink.toys import digits, encoder, learned, sentences, texts, vision
+from shrink.toys import learned
 
 
 def block(residual="pre", mixer="attention", dim=16, keep=0.5, protect=0, **options):
@@ -270,71 +268,6 @@ def test_a_language_model_is_shrunk_and_every_position_keeps_an_answer(name, tmp
         torch.testing.assert_close(shrunk(changed)[:, :30], y[:, :30], atol=1e-5, rtol=1e-5)
     assert macs(shrunk, (ids,)).total < macs(net, (ids,)).total
     same_after_loading(shrunk, ids, tmp_path)
-
-
-# ---- the pass --------------------------------------------------------------------------------------------------------
-
-
-def test_a_vision_model_shrinks_and_answers_the_same_from_disk_and_from_onnx(tmp_path):
-    calibration = digits()
-    net = learned(vision(depth=4), calibration, steps=100)
-    shrunk, (step,) = run_pass("p_mod", net, calibration, keep=0.5, steps=80, lr=3e-3)
-    assert step["protect"] == 1
-    assert sum(step["keep"]) / 4 == pytest.approx(0.5, abs=0.06)
-    before, after = calibration.score(net), calibration.score(shrunk)
-    assert before > 0.65
-    assert after > before - 0.08
-    untrained, _ = run_pass("p_mod", net, calibration, keep=0.5, steps=0)
-    assert calibration.score(untrained) < after
-    x = calibration.example(5)
-    assert macs(shrunk, x).total < 0.68 * macs(net, x).total
-    same_after_loading(shrunk, x, tmp_path)
-    made = export_onnx(shrunk, x, tmp_path / "m.onnx", dynamic="batch", exporter="fast")
-    assert (made.passed, made.held, made.exporter) == (True, "batch", "fast"), made.reason
-
-
-def test_a_text_encoder_with_padding_shrinks_and_exports(tmp_path):
-    calibration = texts()
-    net = learned(encoder(), calibration, steps=80)
-    shrunk, _ = run_pass("p_mod", net, calibration, keep=0.6, steps=60, lr=1e-3)
-    assert calibration.score(shrunk) > calibration.score(net) - 0.1
-    ids = sentences(4, 5)[0]
-    same_after_loading(shrunk, ids, tmp_path)
-    made = export_onnx(shrunk, (ids,), tmp_path / "m.onnx", dynamic="batch", exporter="fast")
-    assert (made.passed, made.held) == (True, "batch"), made.reason
-
-
-def test_keeping_all_changes_nothing():
-    net = vision().eval()
-    shrunk, steps = run_pass("p_mod", net, digits(), keep=1.0)
-    assert steps == []
-    x = torch.randn(2, 1, 8, 8)
-    assert torch.equal(shrunk(x), net(x))
-
-
-def test_what_cannot_be_routed_is_named_and_left_as_it_was():
-    calibration = digits()
-    swin = create_model("swin_t", img_size=32, embed_dim=16, depths=(2, 2), heads=(2, 4), patch=2, window=4)
-    pooled = vision(mixer="pool")
-    for net, message in ((swin, "Pyramid is not one sequence"), (pooled, r"blocks.0.mixer \(Pool\)")):
-        before = copy.deepcopy(net.state_dict())
-        with pytest.raises(Unsupported, match=message):
-            run_pass("p_mod", net, calibration, keep=0.5)
-        assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
-        assert not hasattr(net, "recipe")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"keep": 0.0}, "keep must be in"),
-        ({"keep": 1.5}, "keep must be in"),
-        ({"steps": -1}, "steps must be at least 0"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        run_pass("p_mod", vision(), digits(), **settings)
 
 
 def test_a_block_refuses_targets_of_another_shape_and_shares_outside_of_0_to_1():
