@@ -33,7 +33,7 @@ from gossamer.tasks import create_task
 KEEP = 0.6  # strength of a probe where the budget names none
 # Passes whose costs a cheaper pass shows: the widths they leave are the same, only which members they choose differs.
 LIKE = {"optin": "magnitude", "latency_widths": "magnitude", "axformer": "magnitude", "pyra": "merging"}
-PROBES = ("magnitude", "merging", "greenformers", "pre_rmsnorm", "dependency")
+PROBES = ("magnitude", "depth", "merging", "greenformers", "word_tables", "pre_rmsnorm", "dependency")
 VERDICTS = ("suits", "for a recipe", "does not suit", "not built")
 
 
