@@ -41,6 +41,17 @@ def test_both_sentences_of_a_pair_stand_behind_one_another_as_the_table_has_them
     assert not seen["train"] & seen["val"] | seen["train"] & seen["test"] | seen["val"] & seen["test"]
 
 
+def test_pairs_that_share_a_sentence_are_not_parted_unless_all_hang_together(write: Write) -> None:
+    rows = [f"the {i // 4} th sentence is here,and number {i} is another one,{i % 5}.0" for i in range(160)]
+    data = read_dataset(write("pairs.csv", "\n".join(["one,two,score", *rows])), task="sentence-similarity")
+    firsts = {name: {pair.split(" | ")[0] for pair in split.names or []} for name, split in data.splits.items()}
+    assert not firsts["train"] & firsts["val"] | firsts["train"] & firsts["test"] | firsts["val"] & firsts["test"]
+    assert len(data.val) < 0.3 * 160
+    chain = [f"sentence number {i} stands here,sentence number {i + 1} stands here,{i % 5}.0" for i in range(160)]
+    data = read_dataset(write("chain.csv", "\n".join(["one,two,score", *chain])), task="sentence-similarity")
+    assert min(len(data.train), len(data.val), len(data.test)) > 8
+
+
 def test_the_benchmark_is_read_with_its_dev_split_as_the_test(shared_data: Callable[[str], Path]) -> None:
     data = read_dataset(shared_data("stsb"))
     assert (data.task, len(data.test), len(data.train) + len(data.val)) == ("sentence-similarity", 1500, 5749)

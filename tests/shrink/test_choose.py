@@ -7,8 +7,7 @@ import pytest
 
 from gossamer.data.builtin import toy_images, toy_series
 from gossamer.fit.race import base_settings
-from gossamer.fit.run import metric_noise
-from gossamer.shrink.artefacts import Point, choose
+from gossamer.shrink.artefacts import Point, choose, metric_noise
 from gossamer.tasks import create_task
 
 
@@ -32,6 +31,19 @@ def test_the_winner_is_the_fastest_that_cannot_be_told_from_the_best() -> None:
 def test_without_noise_the_best_wins_however_slow_within_the_budget() -> None:
     points = [point("best", 0.90, 4.9), point("near", 0.89, 2.0)]
     winner, _ = choose(points, {"latency": 5.0}, maximise=True, noise=0.0)
+    assert winner is points[0]
+
+
+def test_what_cannot_be_told_from_the_best_may_be_preferred_where_less_was_done_to_it() -> None:
+    recipe = {"recipe": [{"pass": "optin"}, {"pass": "recover"}]}
+    points = [
+        point("trained", 0.90, 2.0, certificate=recipe),
+        point("slower", 0.89, 4.0),
+        point("as it came", 0.89, 3.0),
+    ]
+    winner, _ = choose(points, {"latency": 5.0}, maximise=True, noise=0.02, prefer="least changed")
+    assert winner is points[2]
+    winner, _ = choose(points, {"latency": 5.0}, maximise=True, noise=0.005, prefer="least changed")
     assert winner is points[0]
 
 
@@ -96,3 +108,8 @@ def test_forecasters_are_trained_without_augmentation_and_few_samples_in_small_b
     assert base_settings(few, 0).batch_size == 32 < base_settings(many, 0).batch_size
     assert base_settings(series, 0).strength == 0
     assert base_settings(many, 7).seed == 7
+
+
+def test_the_noise_of_a_rank_correlation_is_its_standard_error() -> None:
+    task = create_task("sentence-similarity", {"vocab_size": 9, "max_len": 4, "pad_id": 0}, {"range": [0, 5]})
+    assert metric_noise(task, [80.0, 60.0], 577) == pytest.approx(100 * 0.36 / 24)

@@ -180,3 +180,12 @@ def test_a_second_strength_times_nothing_again(seeing, monkeypatch):
     monkeypatch.setattr(module, "_macs_share", lambda *_: pytest.fail("measured again"))
     _small, steps = run_pass("depth", net, calibration, keep=0.5, cost="macs", samples=32)
     assert steps
+
+
+def test_what_a_disturbed_clock_says_adds_up_to_no_more_than_the_model(seeing, monkeypatch):
+    calibration, net = seeing
+    monkeypatch.setattr(module, "_latency_share", lambda *_: lambda: 0.4)
+    small, _ = run_pass("depth", net, Calibration(calibration.task, calibration.data), keep=0.5, samples=32)
+    # Eight branches at 60 % each would be met by one; at an eighth each, half of them have to go.
+    assert sum(len(branches_of(block)) for block in small.blocks) == 4
+    assert small.shrink_report["depth"]["share"] == pytest.approx(0.5)

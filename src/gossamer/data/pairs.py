@@ -1,5 +1,6 @@
 """Pairs of sentences with a score of how alike they are, as in STS-B: tables to token ids.
 
+- pairs that share sentences are not parted when a split is taken from training, unless nearly all hang together
 - both sentences are tokenised alike, by the model's own tokenizer where it has one
 - scores are scaled to 0 … 1 by the range of the training data; metrics do not depend on it
 """
@@ -18,6 +19,7 @@ from gossamer.data.splits import digest, make_plan, split_record
 from gossamer.data.tables import Table
 from gossamer.data.text import length_for, load_tokenizer, pad_token, padded, text_cells, tokenised, train_tokenizer
 
+LARGEST = 0.1  # of the pairs, that one chain of shared sentences may hold; with larger ones no fair split is left
 BINS = 5  # of the scores, so that splits have the same share of each
 
 
@@ -60,7 +62,10 @@ def pair_dataset(
         name: np.array([digest("\n".join(pair).encode()) for pair in pairs], dtype=np.int64)
         for name, pairs in texts.items()
     }
-    plan = make_plan(bins, keys, seed)
+    # Pairs that share a sentence stay together, or a held-out pair would be half known.
+    groups = {name: families(pairs) for name, pairs in texts.items()}
+    parted = np.bincount(groups["train"]).max() <= LARGEST * len(groups["train"])
+    plan = make_plan(bins, groups if parted else keys, seed)
     parts_of = {name: [texts[given][i] for i in index] for name, (given, index) in plan.parts.items()}
     flat = {name: [text for pair in pairs for text in pair] for name, pairs in parts_of.items()}
     coder = load_tokenizer(Path(tokenizer)) if tokenizer is not None else train_tokenizer(flat["train"], flat["val"])
@@ -82,6 +87,17 @@ def pair_dataset(
     }
     spec = {"vocab_size": coder.get_vocab_size(), "max_len": max_len, "pad_id": pad_id}
     return Dataset("sentence-similarity", splits["train"], splits["val"], splits["test"], spec, meta)
+
+
+def families(pairs: list[tuple[str, str]]) -> np.ndarray:
+    """int64 `(n,)`: the same number for pairs that a chain of shared sentences connects."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    known: dict[str, int] = {}
+    ends = np.array([[known.setdefault(text, len(known)) for text in pair] for pair in pairs], dtype=np.int64)
+    links = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(known), len(known)))
+    return connected_components(links, directed=False)[1][ends[:, 0]].astype(np.int64)
 
 
 def pair_columns(table: Table) -> tuple[str, str, str]:

@@ -28,7 +28,7 @@ from gossamer.fit.race import RUNGS, Race, base_settings, open_study, ranking, s
 from gossamer.fit.report import write_report
 from gossamer.io import claim, plain, read_json, write_json
 from gossamer.measure import device_info
-from gossamer.shrink.artefacts import Point, Workshop, choose
+from gossamer.shrink.artefacts import Point, Workshop, choose, metric_noise
 from gossamer.shrink.base import Calibration
 from gossamer.shrink.budget import excess
 from gossamer.shrink.ways import kindest
@@ -368,14 +368,6 @@ def tail_seconds(candidates: list[Candidate], task: Task, data: Dataset, total: 
     item_s = sorted((c.cost["latency"] or 0.0) / 1e3 for c in candidates)[len(candidates) // 2]
     passes = (6 * len(data.val) + len(data.test)) * (item_s + batch_s / items)
     return max(TAIL_SHARE * total, 12.0 + 5 * export_s + passes)
-
-
-def metric_noise(task: Task, values: list[float], count: int) -> float:
-    """What two values of the metric over `count` items may differ by without meaning anything: one standard error."""
-    best = (max if task.maximise else min)(values, default=0.0)
-    if task.metric == "accuracy":
-        return math.sqrt(max(best * (1 - best), 1e-4) / max(count, 1))
-    return 0.005 * abs(best)
 
 
 def _trial(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:

@@ -6,10 +6,11 @@ the front. The winner is the best point within the budget, or a faster one that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -253,12 +254,31 @@ def calibration_feeds(path: Path, batches: Iterable[tuple[Tensor, ...]]) -> Iter
         yield {f"input_{i}": x.numpy() for i, x in enumerate(batch) if f"input_{i}" in kept}
 
 
+def metric_noise(task: Task, values: list[float], count: int) -> float:
+    """What two values of the metric over `count` items may differ by without meaning anything: one standard error.
+
+    `sqrt(p (1 - p) / n)` of an accuracy p, `(1 - r^2) / sqrt(n - 1)` of a rank correlation r.
+    """
+    best = (max if task.maximise else min)(values, default=0.0)
+    if task.metric == "accuracy":
+        return math.sqrt(max(best * (1 - best), 1e-4) / max(count, 1))
+    if task.metric == "spearman":
+        return 100 * (1 - (best / 100) ** 2) / math.sqrt(max(count - 1, 1))
+    return 0.005 * abs(best)
+
+
 def choose(
-    points: list[Point], budget: dict[str, float], *, maximise: bool, noise: float
+    points: list[Point],
+    budget: dict[str, float],
+    *,
+    maximise: bool,
+    noise: float,
+    prefer: Literal["fastest", "least changed"] = "fastest",
 ) -> tuple[Point | None, Point | None]:
     """Sets every point's status; gives the winner, and the point closest to the budget if none is within it.
 
-    The winner is the fastest of the points within the budget whose metric is within `noise` of the best of them.
+    Of the points within the budget whose metric is within `noise` of the best of them, the winner is the fastest, or
+    the one that the shortest recipe made, and then the fastest.
     """
     sign = 1 if maximise else -1
     usable = [p for p in points if p.status != "rolled back"]
@@ -274,7 +294,12 @@ def choose(
     if not within:
         return None, min(usable, key=lambda p: excess(p.cost, budget), default=None)
     best = max(sign * p.val for p in within)
-    winner = min((p for p in within if sign * p.val >= best - noise), key=lambda p: p.cost["latency"] or 0.0)
+
+    def order(p: Point) -> tuple[int, float]:
+        changed = len(p.certificate.get("recipe", ())) if prefer == "least changed" else 0
+        return changed, p.cost["latency"] or 0.0
+
+    winner = min((p for p in within if sign * p.val >= best - noise), key=order)
     winner.status = "winner"
     return winner, None
 

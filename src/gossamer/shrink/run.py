@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -32,7 +32,7 @@ from gossamer.data.base import Dataset
 from gossamer.io import atomic_write, claim, plain, read_json, write_json
 from gossamer.measure import device_info, macs, parameters
 from gossamer.models.folder import save
-from gossamer.shrink.artefacts import Point, Workshop, choose, export_quickly
+from gossamer.shrink.artefacts import Point, Workshop, choose, export_quickly, metric_noise
 from gossamer.shrink.base import Calibration, Unsupported, find_pass, passes, run_pass
 from gossamer.shrink.budget import excess
 from gossamer.shrink.options import ShrinkOptions, ShrinkResult
@@ -542,7 +542,11 @@ class _Run:
         points = self.workshop.points
         self._time_together([p for p in points if p.status != "rolled back"], before)
         offered = [p for p in points if self.options.recipe is None or p.name == self.last] or points
-        winner, closest = choose(offered, self.budget, maximise=self.task.maximise, noise=0.0)
+        # What cannot be told from the best is preferred where less was done to it: a model trained on these data may
+        # have lost what they do not show.
+        noise = metric_noise(self.task, [p.val for p in offered], len(self.data.val))
+        prefer: Literal["fastest", "least changed"] = "least changed" if self.budget else "fastest"
+        winner, closest = choose(offered, self.budget, maximise=self.task.maximise, noise=noise, prefer=prefer)
         chosen = winner or closest or before
         self.progress.tell("testing")
         results = self._results(before)

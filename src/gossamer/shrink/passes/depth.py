@@ -141,6 +141,13 @@ class _Search:
                     found[kind] = max(0.0, 1 - share())
                     put_back()
                 saved[e] = found[kind]
+        # All branches together are no more than the model, nor are all blocks: what a disturbed clock said of one kind
+        # must not count for each of them.
+        for whole in (False, True):
+            alike = [e for e in saved if bool(e.leaf) != whole]
+            total = sum(saved[e] for e in alike)
+            if total > 1:
+                saved |= {e: saved[e] / total for e in alike}
         return saved
 
     @torch.no_grad()
@@ -271,7 +278,7 @@ def _latency_share(model: nn.Module, one: tuple[Tensor, ...], folder: Path) -> C
 
     def share() -> float:
         export_quickly(model, one, later)
-        then, now = together([first, later], one, seconds=0.5)
+        then, now = together([first, later], one, seconds=1.0)
         return now.p10_ms / then.p10_ms
 
     return share
