@@ -137,7 +137,8 @@ def _read(row: dict[str, Any]) -> Technique:
         if kind not in (_RUN if colon else _COMMANDS):
             allowed = ", ".join([*(f"{k}:NAME" for k in _RUN), *_COMMANDS])
             raise ValueError(f"technique {row['name']!r}: by must be one of {allowed}; got {by!r}")
-    return Technique(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Technique(**values)
 
 
 def find_techniques(
