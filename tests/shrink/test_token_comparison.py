@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tests.shrink.toys import digits, encoder, texts, vision
+from tests.shrink.toys import digits, encoder, learned, texts, vision
 
 from gossamer.data.base import Dataset, Split
 from gossamer.layers.init import init_by_width
@@ -78,11 +78,10 @@ def halves():
 
 def test_where_half_of_the_tokens_are_noise_a_method_beats_a_random_choice():
     calibration = halves()
-    net = vision(img_size=(8, 16), depth=4)
+    net = vision(img_size=(8, 16), depth=3)
     torch.manual_seed(2)
     init_by_width(net)
-    calibration.trainer(net, lr=6e-3, batch_size=64, ema=0.0, warmup=5).train(steps=130, schedule="linear")
-    net.eval()
+    learned(net, calibration, 160, lr=5e-3)
     rows = compare_token_reduction(net, calibration, (0.6, 0.45), steps=0, methods=["merging", "random"], latency_s=0)
     dense, *_ = rows
     merged, blind = ([row for row in rows if row.method == name] for name in ("merging", "random"))
