@@ -160,9 +160,9 @@ def test_with_its_teacher_a_sparse_rounded_network_is_near_the_dense_one():
     net = learned(vision(), calibration, steps=150)
     dense = calibration.score(net)
     untrained, _ = run_pass("gpusq_vit", net, calibration, steps=0)
-    trained, _ = run_pass("gpusq_vit", net, calibration, steps=40, lr=1e-3, inputs="int")
+    trained, _ = run_pass("gpusq_vit", net, calibration, steps=120, lr=1e-3, inputs="int")
     assert all(is_two_of_four(part.weight) for part in parts(trained).values())
-    assert calibration.score(trained) > dense - 4.0
+    assert calibration.score(trained) > dense - 0.04
     with torch.no_grad():
         want, _ = model_outputs(net, calibration.task, calibration.data.val)
         errors = [
