@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gossamer.io import export_onnx
 from gossamer.measure import macs
 from gossamer.mixers.mamba2 import Mamba2
 from gossamer.models import create_model, load_official
@@ -234,6 +235,13 @@ def test_decoding_the_hybrid_step_by_step_equals_the_full_pass() -> None:
 
 def test_saved_and_loaded_in_a_fresh_process_it_is_the_same(tmp_path) -> None:
     same_after_loading(tiny(), prompts(), tmp_path)
+
+
+def test_the_language_model_exports_with_a_free_batch(tmp_path) -> None:
+    ids = torch.randint(1, 37, (1, 70))
+    found = export_onnx(tiny(max_len=70), ids, tmp_path / "m.onnx", exporter="fast")
+    assert found.passed, found.reason
+    assert (found.exporter, found.held) == ("fast", "batch"), found.reason
 
 
 def test_multiply_adds_are_those_counted_by_hand() -> None:

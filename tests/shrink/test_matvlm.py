@@ -17,7 +17,7 @@ from gossamer.tasks import create_task
 from models.test_matvlm import GOLDEN, prompts
 from official import golden, seeded_input, seeded_state
 from shrink.loading import same_after_loading
-from shrink.toys import digits, encoder, texts, vision
+from shrink.toys import digits, encoder, learned, texts, vision
 
 WORDS, LENGTH = 16, 20
 SIZES = {"dim": 24, "depth": 4, "heads": 4, "hidden": 48, "vocab_size": WORDS, "max_len": LENGTH}
@@ -36,8 +36,8 @@ def sayings(seconds: float = float("inf")) -> Calibration:
     return Calibration(create_task(data.task, spec, data.meta), data, seconds)
 
 
-def decoder(name: str = "llama", **changes) -> nn.Module:
-    torch.manual_seed(0)
+def decoder(name: str = "llama", seed: int = 0, **changes) -> nn.Module:
+    torch.manual_seed(seed)
     own = {"gpt2": {"drop": 0.0}, "llama": {"kv_heads": 2}, "tinyllava_phi2_siglip": {"drop": 0.0, "kv_heads": 2}}[name]
     if name == "tinyllava_phi2_siglip":
         own = {**{k: v for k, v in GOLDEN.items() if k.startswith(("img", "patch", "vision"))}, **own}
@@ -179,6 +179,31 @@ def test_only_mamba_layers_and_the_connector_are_trained() -> None:
     changed = {n for n, p in taught.named_parameters() if not torch.equal(p, started.get_parameter(n))}
     assert changed == {n for n, _ in taught.named_parameters() if n.startswith("blocks.1.mixer.")}
     assert all(p.requires_grad for p in taught.parameters())
+
+
+def test_layers_started_from_attention_come_nearer_to_a_random_teacher_than_random_ones() -> None:
+    calibration = sayings()
+    inputs, _ = next(calibration.batches(32))
+    found = {"attention": [], "random": []}
+    for calibration.seed in range(3):
+        model = decoder(seed=calibration.seed, depth=2)
+        for start, losses in found.items():
+            turned, _ = run_pass("matvlm", model, calibration, layers=[0, 1], start=start, steps=30, lr=2e-3)
+            with torch.no_grad():
+                losses.append(float(answer_loss(turned(*inputs), model(*inputs))))
+    assert sum(found["attention"]) < sum(found["random"]), found
+
+
+def test_teaching_brings_the_answers_nearer_to_a_trained_teachers() -> None:
+    calibration = sayings()
+    model = learned(decoder(depth=2), calibration, steps=40, lr=1e-2)
+    inputs, _ = next(calibration.batches(32, split="val"))
+    losses = []
+    for steps in (0, 30):
+        turned, _ = run_pass("matvlm", model, calibration, keep=0.5, steps=steps, lr=5e-3)
+        with torch.no_grad():
+            losses.append(float(answer_loss(turned(*inputs), model(*inputs))))
+    assert losses[1] < 0.75 * losses[0], losses
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "tinyllava_phi2_siglip"])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gossamer.layers.linear import linear
 from gossamer.layers.prune import check_axis, expand_heads, slice_depthwise, slice_linear
 from gossamer.mixers.base import Mixer, register_mixer
-from gossamer.ops.ssd import ssd, ssd_step
+from gossamer.ops.ssd import spread, ssd, ssd_step
 
 RATES = (1.0, 16.0)
 STEPS = (1e-3, 1e-1)
@@ -130,7 +130,7 @@ class Mamba2(Mixer):
         if mask is not None:
             u, dt = u * mask[..., None], dt * mask[..., None]
         if self.spread_first:
-            u = torch.cat([t.repeat_interleave(self.heads // t.shape[-2], -2).flatten(-2) for t in self._split(u)], -1)
+            u = torch.cat([spread(t, self.heads).flatten(-2) for t in self._split(u)], -1)
         return z, u, dt
 
     def _split(self, u: Tensor, *, heads: bool = False) -> list[Tensor]:
@@ -156,8 +156,7 @@ class Mamba2(Mixer):
         return self.conv.bias
 
     def _skip(self, y: Tensor, values: Tensor) -> Tensor:
-        shared = self.heads // values.shape[-2]
-        return torch.addcmul(y, values if shared == 1 else values.repeat_interleave(shared, -2), self.skip[:, None])
+        return torch.addcmul(y, spread(values, self.heads), self.skip[:, None])
 
     def initial_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

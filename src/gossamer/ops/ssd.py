@@ -41,7 +41,7 @@ def ssd(
     _check(x, dt, b, c)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    n, heads = int(dt.shape[1]), dt.shape[2]
+    n, heads = int(dt.shape[1]), int(dt.shape[2])
     size = min(chunk, n)
     count = -(-n // size)
     short = count * size - n
@@ -53,8 +53,8 @@ def ssd(
 
     # Sums of steps want single precision at least.
     kind = torch.promote_types(dt.dtype, torch.float32)
-    read, entry = chunks(_spread(c, heads)), chunks(_spread(b, heads))
-    value = chunks(_spread(x, heads) * dt[..., None].to(x.dtype))
+    read, entry = chunks(spread(c, heads)), chunks(spread(b, heads))
+    value = chunks(spread(x, heads) * dt[..., None].to(x.dtype))
     sums = chunks((dt.to(kind) * a.to(kind))[..., None])[..., 0].cumsum(-1)
     scores = (read @ entry.transpose(-2, -1)) * _decays(sums).to(x.dtype)
     y = scores @ value
@@ -97,9 +97,18 @@ def ssd_step(
 ) -> tuple[Float[Tensor, "b h p"], Float[Tensor, "b h p s"]]:
     """One token: `y_t` and `H_t` from `H_(t-1)`."""
     heads = dt.shape[1]
-    x, b, c = (_spread(t, heads) for t in (x, b, c))
+    x, b, c = (spread(t, heads) for t in (x, b, c))
     state = (dt * a).exp()[..., None, None] * state + (dt[..., None] * x)[..., None] * b[..., None, :]
     return (state @ c[..., None])[..., 0], state
+
+
+def spread(t: Float[Tensor, "*b g d"], heads: int) -> Float[Tensor, "*b h d"]:
+    """Each of g heads `heads / g` times, one behind the other."""
+    shared = heads // int(t.shape[-2])
+    if shared == 1:
+        return t
+    # Not `repeat_interleave`, of which exporters make a loop.
+    return t.unsqueeze(-2).expand(*[-1] * (t.ndim - 1), shared, -1).flatten(-3, -2)
 
 
 def _decays(sums: Float[Tensor, "*b q"]) -> Float[Tensor, "*b q q"]:
@@ -111,10 +120,6 @@ def _decays(sums: Float[Tensor, "*b q"]) -> Float[Tensor, "*b q q"]:
 def _later(n: int, device: torch.device) -> Bool[Tensor, "n n"]:
     place = torch.arange(n, device=device)
     return place > place[:, None]
-
-
-def _spread(t: Float[Tensor, "*b g d"], heads: int) -> Float[Tensor, "*b h d"]:
-    return t if t.shape[-2] == heads else t.repeat_interleave(heads // t.shape[-2], -2)
 
 
 def _check(x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> None:
