@@ -14,7 +14,7 @@ from gossamer.models.folder import save
 from gossamer.shrink.artefacts import calibration_feeds
 from gossamer.shrink.base import passes, run_pass
 from gossamer.shrink.options import ShrinkOptions
-from gossamer.shrink.recipe import check_recipe, presets, read_recipe
+from gossamer.shrink.recipe import as_written, check_recipe, presets, read_recipe
 from gossamer.shrink.run import shrink
 from shrink.toys import digits, encoder, learned, texts, vision
 
@@ -152,3 +152,11 @@ def test_pruned_then_quantised_has_the_product_of_both_ratios_of_size(kind, tmp_
     assert prune < 0.75
     assert int8 < 0.35
     assert abs(both / (prune * int8) - 1) < 0.05
+
+
+@pytest.mark.parametrize("names", [("optin", "recover", "int8"), ("low_bits", "optin")])
+def test_what_a_run_writes_is_taken_back(names):
+    recipe = [{"pass": name} for name in names]
+    written = as_written(recipe)
+    assert check_recipe(written) == recipe
+    assert isinstance(written, dict) == (names[0] == "low_bits")

@@ -41,6 +41,9 @@ def command(
     pretrain: Annotated[
         int, typer.Option(help="Images: passes over them without labels first, for a ViT with a class token.", min=0)
     ] = 0,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Less memory for a third more time; the same gradients.")
+    ] = False,
     seed: Seed = 0,
     horizon: Horizon = None,
     lookback: Lookback = None,
@@ -75,6 +78,7 @@ def command(
         lr=lr,
         batch_size=batch,
         seed=seed,
+        settings={"checkpointing": True} if checkpointing else None,
         options=options,
         model_options=parse_settings(sizes or []),
         pretrain=pretrain,

@@ -29,7 +29,18 @@ from gossamer.models import create_model
 from gossamer.models.folder import save
 from gossamer.shrink import base, passes
 
-__all__ = ["apply", "check_recipe", "load", "note", "presets", "read_recipe", "register_step", "replay", "save"]
+__all__ = [
+    "apply",
+    "as_written",
+    "check_recipe",
+    "load",
+    "note",
+    "presets",
+    "read_recipe",
+    "register_step",
+    "replay",
+    "save",
+]
 
 RECIPES = Path(__file__).parent / "recipes"
 ORDERS = ("stages", "free")
@@ -128,6 +139,14 @@ def check_recipe(recipe: Any) -> list[dict[str, Any]]:
         if stage is not None:
             reached = (name, STAGES.index(stage))
     return recipe
+
+
+def as_written(recipe: list[dict[str, Any]]) -> Any:
+    """`recipe` in the form in which `check_recipe` takes it back."""
+    try:
+        return check_recipe(recipe)
+    except ValueError:
+        return {"order": "free", "passes": recipe}
 
 
 def _stage(name: str) -> str | None:

@@ -37,7 +37,7 @@ from gossamer.shrink.base import Calibration, Unsupported, find_pass, passes, ru
 from gossamer.shrink.budget import excess
 from gossamer.shrink.options import ShrinkOptions, ShrinkResult
 from gossamer.shrink.passes.teaching import check_signals, objective
-from gossamer.shrink.recipe import load
+from gossamer.shrink.recipe import as_written, load
 from gossamer.shrink.report import write_report
 from gossamer.shrink.subject import Subject, open_subject, read_for
 from gossamer.shrink.ways import SCREENED, SETTINGS, TRIED
@@ -566,7 +566,7 @@ class _Run:
         shutil.copytree(chosen.model, self.folder / "model", dirs_exist_ok=True)
         with atomic_write(self.folder / "recipe.yaml") as file:
             steps = [*results["winner"]["recipe"], *([{"pass": "int8"}] if "int8" in chosen.form else [])]
-            yaml.safe_dump(steps, file, sort_keys=False)
+            yaml.safe_dump(as_written(steps), file, sort_keys=False)
         self.progress.tell("writing the report")
         results["seconds"] = round(self.clock.used, 1)
         results = plain(results)
