@@ -163,6 +163,7 @@ def test_any_module_is_shrunk_through_the_api(few, tmp_path, monkeypatch):
         ({"recipe": [{"pass": "melt"}]}, "pass must be one of"),
         ({"recipe": [{"pass": "recover", "minutes": 3}]}, "recover has no setting minutes"),
         ({"recipe": [{"pass": "recover", "signals": ["smells"]}]}, "signals"),
+        ({"recipe": [{"pass": "recover", "relation_heads": 2}]}, "relation_heads without signals"),
         ({"data": "toy-text"}, "toy-text are texts"),
     ],
 )

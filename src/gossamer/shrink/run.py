@@ -100,6 +100,8 @@ def shrink(options: ShrinkOptions) -> ShrinkResult:
             raise ValueError(f"{entry['pass']} has no setting {', '.join(unknown)}; recover has {', '.join(RECOVER)}")
         elif "signals" in entry:
             check_signals(entry["signals"])
+        elif "relation_heads" in entry:
+            raise ValueError("recover has relation_heads without signals: [relations, …]")
     folder = options.folder()
     claim(folder, options.identity())
     if (folder / "results.json").exists():
