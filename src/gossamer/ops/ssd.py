@@ -113,7 +113,7 @@ def spread(t: Float[Tensor, "*b g d"], heads: int) -> Float[Tensor, "*b h d"]:
 
 def _decays(sums: Float[Tensor, "*b q"]) -> Float[Tensor, "*b q q"]:
     """`exp(sums_i - sums_j)` where j <= i, 0 elsewhere."""
-    later = _later(sums.shape[-1], sums.device)
+    later = _later(int(sums.shape[-1]), sums.device)
     return (sums[..., :, None] - sums[..., None, :]).masked_fill(later, float("-inf")).exp()
 
 
