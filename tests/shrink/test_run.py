@@ -81,7 +81,11 @@ def test_the_same_call_gives_the_same_answer_without_work(done):
     result, options = done
     assert shrink(options).results == result.results
     with pytest.raises(ValueError, match="another shares"):
-        shrink(ShrinkOptions(model=options.model, data="digits", shares={"macs": 0.5}, seconds=45, out=options.out))
+        shrink(
+            ShrinkOptions(
+                model=options.model, data="digits", shares={"macs": 0.5}, seconds=options.seconds, out=options.out
+            )
+        )
 
 
 def test_a_killed_run_takes_up_what_was_finished(digits, few, tmp_path, monkeypatch):

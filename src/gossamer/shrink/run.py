@@ -53,6 +53,7 @@ HEAD_SHARE = 0.2  # of the time, for training a head the model came without
 MOST_FINALISTS = 2
 FIRST_SHARE = 0.65  # of the time for recovery goes to the most promising way
 CLOSE = 0.04  # a cost this far below its limit is close enough
+SAFE = 0.92  # of a limit on latency is aimed at: what lies just below it now may lie above it in the last timing
 LEAST_KEEP = 0.05
 LOOK_FROM_S = 600.0  # from this much time on, the sensitivity of each layer to int8 is reported
 RATES = (3e-5, 2e-4, 1e-3)  # learning rates tried for recovery, each for this share of its time
@@ -221,7 +222,7 @@ class _Run:
     def _search(self, before: Point, small: Point | None) -> None:
         screen_by = SCREEN_BY * self.clock.total
         if not self.budget or (
-            small is not None and small.status != "rolled back" and excess(small.cost, self.budget) <= 1
+            small is not None and small.status != "rolled back" and excess(small.cost, self._aims()) <= 1
         ):
             strengths = self._strengths(before, None)
         else:
@@ -266,11 +267,14 @@ class _Run:
         near.sort(key=lambda t: (math.isnan(worth[id(t)]), -worth[id(t)]))
         return near
 
+    def _aims(self) -> dict[str, float]:
+        return {k: SAFE * limit if k == "latency" else limit for k, limit in self.budget.items()}
+
     def _strengths(self, before: Point, small: Point | None) -> list[dict[str, float]]:
         """Shares of the costs a float file must reach: for itself, and for its int8 form to be within the budget."""
         if not self.budget:
             return [{"macs": 0.6}]
-        wanted = {k: limit / float(before.cost[k] or limit) for k, limit in self.budget.items() if k in COSTS}
+        wanted = {k: limit / float(before.cost[k] or limit) for k, limit in self._aims().items() if k in COSTS}
         found = [wanted]
         if small is not None and small.status != "rolled back":
             with_int8 = {
