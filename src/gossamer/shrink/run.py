@@ -292,7 +292,7 @@ class _Run:
         `parts` are passes with the share of the way each goes, in logarithms.
         """
         worst = min(target.values(), default=0.6)
-        keep = worst
+        keep, kept = worst, 1.0
         best: Trial | None = None
         for attempt in range(3):
             recipe = [
@@ -301,7 +301,12 @@ class _Run:
             ]
             trial = self._trial(recipe, before)
             if trial.status == "failed":
-                return trial
+                if attempt == 0:
+                    return trial
+                # A correction may ask for more than a pass can take away.
+                keep = math.sqrt(keep * kept)
+                continue
+            kept = keep
             ratio = max(
                 (float(trial.cost[k] or 0) / float(before.cost[k] or 1) / share for k, share in target.items()),
                 default=1.0,
