@@ -1,10 +1,13 @@
-"""Side by side with timm or the authors' code: time of a forward pass and of a training step, eager, fp32.
+"""Side by side with timm or the authors' code: time and peak memory of a forward pass and of a training step, fp32.
 
 Run from the repository root: `python benchmarks/speed.py [NAME …]`. It needs the `bench` extra (timm); systems that
 only exist as the authors' repository are measured where `--official DIR` says they are checked out (one folder a
-repository, `OWNER+NAME`). Writes `benchmarks/results/speed.json`: for each model, batch and kind of run, the medians
-and the ratio ours / theirs, and the geometric mean of all ratios, with device, threads and versions.
+repository, `OWNER+NAME`). Writes `benchmarks/results/speed.json`: for each model, batch, kind and mode of run, the
+medians, the peaks and the ratios ours / theirs, and the geometric means by mode, with device, threads and versions.
+What was measured before stays in the file until it is measured again.
 
+- `--mode compiled` hands both to `torch.compile`, each shape for itself; compiling is not timed
+- peak memory is what a call holds above the level before it, the least of three calls
 - both run in one process on the same input, in turn, in an order drawn anew for each round
 - a training step is forward, loss, backward and one step of plain SGD
 - the same architecture on both sides: parameter counts must be equal, or the model is refused
@@ -13,6 +16,7 @@ and the ratio ours / theirs, and the geometric mean of all ratios, with device, 
 import argparse
 import gc
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -27,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.io.files import write_json
-from gossamer.measure import device_info, latency
+from gossamer.io.files import read_json, write_json
+from gossamer.measure import device_info, latency, peak_memory
 from gossamer.models import create_model
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -132,14 +136,15 @@ def _module(official: Path | None, repository: str, name: str) -> Any:
         sys.path.pop(0)
 
 
-def forms(model: nn.Module, inputs: tuple[Tensor, ...], kind: str) -> Callable[[], object]:
+def forms(model: nn.Module, inputs: tuple[Tensor, ...], kind: str, mode: str) -> Callable[[], object]:
     """One forward pass in eval mode, or one training step."""
+    run = torch.compile(model, dynamic=False) if mode == "compiled" else model
     if kind == "forward":
         model.eval()
 
         def forward() -> object:
             with torch.no_grad():
-                return model(*inputs)
+                return run(*inputs)
 
         return forward
     model.train()
@@ -147,7 +152,7 @@ def forms(model: nn.Module, inputs: tuple[Tensor, ...], kind: str) -> Callable[[
 
     def step() -> object:
         optimiser.zero_grad(set_to_none=True)
-        output = model(*inputs)
+        output = run(*inputs)
         outputs = output if isinstance(output, tuple | list) else [output]
         loss = sum(y.float().logsumexp(-1).mean() for y in outputs)
         loss.backward()
@@ -157,38 +162,45 @@ def forms(model: nn.Module, inputs: tuple[Tensor, ...], kind: str) -> Callable[[
     return step
 
 
-def compare(name: str, official: Path | None, batches: list[int], kinds: list[str], budget: float) -> list[dict]:
+def compare(
+    name: str, official: Path | None, batches: list[int], kinds: list[str], modes: list[str], budget: float
+) -> list[dict[str, Any]]:
     pair = PAIRS[name]
     ours, theirs = pair.ours(), pair.theirs(official)
     counts = [sum(p.numel() for p in m.parameters()) for m in (ours, theirs)]
     if counts[0] != counts[1]:
         raise SystemExit(f"{name}: ours has {counts[0]} parameters, the reference {counts[1]}; not the same model")
     rows = []
-    for kind in kinds:
-        for batch in batches:
-            x = pair.inputs(batch)
-            other = pair.theirs_inputs(x) if pair.theirs_inputs else x
-            both = {"ours": forms(ours, x, kind), "theirs": forms(theirs, other, kind)}
-            found = latency(both, budget_s=budget, min_runs=7)
-            mine, yours = found["ours"], found["theirs"]
-            ratio = mine.median_ms / yours.median_ms
-            print(
-                f"{name:24} {kind:8} batch {batch:3}  ours {mine.median_ms:9.2f} ms  theirs {yours.median_ms:9.2f} ms"
-                f"  ratio {ratio:.3f}",
-                flush=True,
-            )
-            rows.append(
-                {
-                    "model": name,
-                    "reference": pair.official or "timm",
-                    "kind": kind,
-                    "batch": batch,
-                    "ours": mine.to_dict(),
-                    "theirs": yours.to_dict(),
-                    "ratio": ratio,
-                }
-            )
-            gc.collect()
+    for mode, kind, batch in itertools.product(modes, kinds, batches):
+        x = pair.inputs(batch)
+        other = pair.theirs_inputs(x) if pair.theirs_inputs else x
+        both = {"ours": forms(ours, x, kind, mode), "theirs": forms(theirs, other, kind, mode)}
+        for call in both.values():
+            call()
+        found = latency(both, budget_s=budget, min_runs=7)
+        mine, yours = found["ours"], found["theirs"]
+        peaks = {who: min(peak_memory(call).mib for _ in range(3)) for who, call in both.items()}
+        row = {
+            "model": name,
+            "reference": pair.official or "timm",
+            "mode": mode,
+            "kind": kind,
+            "batch": batch,
+            "ours": mine.to_dict(),
+            "theirs": yours.to_dict(),
+            "ratio": mine.median_ms / yours.median_ms,
+            "peak_mib": peaks,
+            "peak_ratio": peaks["ours"] / max(peaks["theirs"], 1e-9),
+        }
+        print(
+            f"{name:24} {mode:8} {kind:8} batch {batch:3}  ours {mine.median_ms:9.2f} ms  theirs"
+            f" {yours.median_ms:9.2f} ms  ratio {row['ratio']:.3f}  peak {peaks['ours']:.0f} and"
+            f" {peaks['theirs']:.0f} MiB",
+            flush=True,
+        )
+        rows.append(row)
+        torch.compiler.reset()
+        gc.collect()
     return rows
 
 
@@ -204,6 +216,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for each comparison")
     parser.add_argument("--batch", type=int, action="append", help="batch sizes, 1 and 16 by default")
     parser.add_argument("--kind", choices=("forward", "training"), action="append", help="both by default")
+    parser.add_argument("--mode", choices=("eager", "compiled"), action="append", help="eager by default")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
     given = parser.parse_args()
     unknown = sorted(set(given.names) - set(PAIRS))
@@ -211,32 +224,46 @@ def main() -> None:
         parser.error(f"no comparison is called {', '.join(unknown)}; there are {', '.join(PAIRS)}")
     if given.threads:
         torch.set_num_threads(given.threads)
-    rows, left_out = [], {}
+    kept = read_json(given.out)["rows"] if given.out.exists() else []
+    settings = (given.batch or [1, 16], given.kind or ["forward", "training"], given.mode or ["eager"])
+    left_out = {}
     for name in given.names or PAIRS:
         needed = PAIRS[name].official
         if needed and not (given.official and (given.official / needed).is_dir()):
             left_out[name] = f"{needed} is not under --official"
             continue
         torch.manual_seed(0)
-        rows += compare(
-            name, given.official, given.batch or [1, 16], given.kind or ["forward", "training"], given.budget
-        )
-    if not rows:
+        rows = compare(name, given.official, *settings, given.budget)
+        measured = {_place(row) for row in rows}
+        kept = [row for row in kept if _place(row) not in measured] + rows
+        write_json(given.out, {**summary(kept), "left_out": left_out, "rows": kept})
+    if len(left_out) == len(given.names or PAIRS):
         raise SystemExit("nothing was measured: " + json.dumps(left_out))
-    means = {
-        "all": geometric_mean([row["ratio"] for row in rows]),
-        "by_model": {
-            name: geometric_mean([row["ratio"] for row in rows if row["model"] == name])
-            for name in dict.fromkeys(row["model"] for row in rows)
-        },
-    }
+    for mode, mean in summary(kept)["geometric_mean"].items():
+        print(f"{mode}: geometric mean of ours / theirs {mean['all']:.3f}")
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["mode"], row["kind"], row["batch"]
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The device and the geometric means of the ratios, by mode."""
+    means: dict[str, Any] = {}
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        these = [row for row in rows if row["mode"] == mode]
+        by_model = {
+            name: geometric_mean([row["ratio"] for row in these if row["model"] == name])
+            for name in dict.fromkeys(row["model"] for row in these)
+        }
+        means[mode] = {"all": geometric_mean([row["ratio"] for row in these]), "by_model": by_model}
+        if peaks := [row["peak_ratio"] for row in these if row.get("peak_ratio")]:
+            means[mode]["peak_memory"] = geometric_mean(peaks)
     try:
         reference = version("timm")
     except PackageNotFoundError:
         reference = None
-    device = {**device_info(), "timm": reference}
-    write_json(given.out, {"device": device, "geometric_mean": means, "left_out": left_out, "rows": rows})
-    print(f"geometric mean of ours / theirs: {means['all']:.3f} over {len(rows)} comparisons; written to {given.out}")
+    return {"device": {**device_info(), "timm": reference}, "geometric_mean": means}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import nn
 
 from gossamer.io import (
     atomic_write,
+    claim,
     load_weights,
     read_checkpoint,
     read_json,
@@ -22,6 +23,23 @@ from gossamer.io import (
     save_weights,
     write_json,
 )
+
+# --- runs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_an_older_version_goes_on_where_what_it_did_not_know_is_off(tmp_path):
+    claim(tmp_path, {"epochs": 3, "settings": {"lr": 0.1}})
+    claim(tmp_path, {"epochs": 3, "settings": {"lr": 0.1, "checkpointing": False}, "pretrain": None})
+    for asked in (
+        {"epochs": 4, "settings": {"lr": 0.1}},
+        {"epochs": 3, "settings": {"lr": 0.2}},
+        {"epochs": 3, "settings": {}},
+        {"epochs": 3, "settings": {"lr": 0.1, "checkpointing": True}},
+        {"epochs": 3, "settings": {"lr": 0.1}, "pretrain": 2},
+    ):
+        with pytest.raises(ValueError, match="another (epochs|settings|pretrain)"):
+            claim(tmp_path, asked)
+
 
 # --- files ----------------------------------------------------------------------------------------------------
 

@@ -76,11 +76,20 @@ def claim(folder: str | Path, run: dict[str, Any]) -> None:
         write_json(file, {**asked, "gossamer": __version__})
         return
     there = read_json(file)
-    other = sorted(k for k, v in asked.items() if there.get(k) != v)
+    other = sorted(k for k, v in asked.items() if not _same(there, k, v))
     if other:
         raise ValueError(
             f"{folder} holds a run with another {', '.join(other)}; give --out another folder, or the same settings"
         )
+
+
+def _same(there: dict[str, Any], key: str, asked: Any) -> bool:
+    """A setting that the version which began the run did not know was off."""
+    if key not in there:
+        return not asked
+    if isinstance(asked, dict) and isinstance(there[key], dict) and asked.keys() >= there[key].keys():
+        return all(_same(there[key], k, v) for k, v in asked.items())
+    return there[key] == asked
 
 
 def read_json(path: str | Path) -> Any:
