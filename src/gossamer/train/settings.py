@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import nn, optim
 
 Schedule = Literal["stable", "linear", "cosine", "halve"]
+Precision = Literal["float32", "bfloat16", "auto"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Settings:
     warmup: int = 100
     clip: float = 1.0
     ema: float = 0.998
-    precision: Literal["float32", "bfloat16", "auto"] = "auto"
+    precision: Precision = "auto"
     optimiser: Literal["adamw", "adam"] = "adamw"
     seed: int = 0
     checkpointing: bool = False
