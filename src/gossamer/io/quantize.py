@@ -320,14 +320,18 @@ def _fitting(data: Sequence[Batch], session: Any) -> Iterator[dict[str, np.ndarr
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """ONNX Runtime's tools log through the root logger, which installs a handler there if there is none."""
+    """ONNX Runtime's tools log through the root logger, which installs a handler there if there is none.
+
+    They also work out scales of tensors that stay as they are, and masked scores reach to minus infinity.
+    """
     root = logging.getLogger()
     guard = logging.NullHandler()
     level = root.level
     root.addHandler(guard)
     root.setLevel(logging.ERROR)
     try:
-        yield
+        with np.errstate(invalid="ignore", over="ignore"):
+            yield
     finally:
         root.setLevel(level)
         root.removeHandler(guard)
