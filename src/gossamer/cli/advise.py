@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from gossamer.cli.options import (
     AsJson,
     Budget,
     Data,
-    Horizon,
-    LabelColumn,
-    Lookback,
     Seed,
-    Target,
     Task,
-    TextColumn,
-    TimeColumn,
-    Tokenizer,
-    reader_options,
+    reads_data,
 )
 from gossamer.cli.show import print_json, print_table
 from gossamer.cli.units import parse_budget, short
 
 
+@reads_data
 def command(
     data: Data,
     task: Task = None,
     budget: Budget = "",
     seed: Seed = 0,
-    horizon: Horizon = None,
-    lookback: Lookback = None,
-    target: Target = None,
-    time_column: TimeColumn = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    tokenizer: Tokenizer = None,
+    *,
+    options: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Rank models for your data and budget without training any."""
     limits = parse_budget(budget) if budget else {}
-    options = reader_options(
-        horizon=horizon,
-        lookback=lookback,
-        target=target,
-        time_column=time_column,
-        text_column=text_column,
-        label_column=label_column,
-        tokenizer=tokenizer,
-    )
 
     from gossamer.fit import advise
 

@@ -71,7 +71,7 @@ def command(
 
 
 def _judged(
-    name: str, source: str, tokenizer: Path | None, seed: int
+    name: str, source: str, tokenizer: str | None, seed: int
 ) -> tuple[tuple[nn.Module, tuple[Tensor, ...]], float, str]:
     """A saved model with a sample of the data as it reads them, and how good it is on their test part."""
     from gossamer.shrink.subject import open_subject, read_for
@@ -79,7 +79,7 @@ def _judged(
     from gossamer.train.trainer import model_outputs
 
     subject = open_subject(name)
-    read = read_for(subject, source, task=None, seed=seed, options={"tokenizer": tokenizer and str(tokenizer)})
+    read = read_for(subject, source, task=None, seed=seed, options={"tokenizer": tokenizer})
     task = create_task(read.task, read.spec, read.meta)
     value = float(task.metrics(*model_outputs(subject.model, task, read.test))[task.metric])
     words = task.metric if task.maximise else f"-{task.metric}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,16 +11,9 @@ from gossamer.cli.options import (
     AsJson,
     Budget,
     DataOrNone,
-    Horizon,
-    LabelColumn,
-    Lookback,
     Seed,
-    Target,
     Task,
-    TextColumn,
-    TimeColumn,
-    Tokenizer,
-    reader_options,
+    reads_data,
 )
 from gossamer.cli.show import print_json
 from gossamer.cli.units import parse_budget, parse_duration
@@ -29,6 +22,7 @@ NOTHING_FITS = 3
 """Exit code when no candidate meets the budget."""
 
 
+@reads_data
 def command(
     data: DataOrNone = None,
     task: Task = None,
@@ -40,13 +34,8 @@ def command(
         str | None, typer.Option(help="Database of the study, so that other machines can join it.")
     ] = None,
     join: Annotated[Path | None, typer.Option(help="Work on the study of this run's folder; takes no DATA.")] = None,
-    horizon: Horizon = None,
-    lookback: Lookback = None,
-    target: Target = None,
-    time_column: TimeColumn = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    tokenizer: Tokenizer = None,
+    *,
+    options: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Find, train, shrink and export the best small model for your data within a budget."""
@@ -54,15 +43,6 @@ def command(
         raise ValueError("fit needs either DATA or --join DIR, and not both")
     limits = parse_budget(budget) if budget else {}
     seconds = parse_duration(time)
-    options = reader_options(
-        horizon=horizon,
-        lookback=lookback,
-        target=target,
-        time_column=time_column,
-        text_column=text_column,
-        label_column=label_column,
-        tokenizer=tokenizer,
-    )
 
     from gossamer.fit import FitOptions, fit
 

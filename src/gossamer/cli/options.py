@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
-__all__ = [
-    "AsJson",
-    "Budget",
-    "Data",
-    "DataOrNone",
-    "Horizon",
-    "InputSize",
-    "LabelColumn",
-    "Lookback",
-    "Seed",
-    "Target",
-    "Task",
-    "TextColumn",
-    "TimeColumn",
-    "Tokenizer",
-    "reader_options",
-]
+__all__ = ["AsJson", "Budget", "Data", "DataOrNone", "InputSize", "Seed", "Task", "Tokenizer", "reads_data"]
 
 _DATA = typer.Argument(
     metavar="DATA",
@@ -34,20 +20,17 @@ Data = Annotated[str, _DATA]
 DataOrNone = Annotated[str | None, _DATA]
 Task = Annotated[
     str | None,
-    typer.Option(help="image-classification, text-classification or forecasting; recognised if not given."),
+    typer.Option(
+        help="image-classification, text-classification, forecasting, or of models to be shrunk sentence-similarity "
+        "or language-modelling; recognised if not given."
+    ),
 ]
 Budget = Annotated[
     str, typer.Option(help="What the exported model may cost: latency=5ms,memory=100MiB,size=2MB,params=1M,macs=50M.")
 ]
 Seed = Annotated[int, typer.Option(help="Fixes splits, initialisation and order.", min=0)]
-Horizon = Annotated[int | None, typer.Option(help="Series: steps to forecast.", min=1)]
-Lookback = Annotated[int | None, typer.Option(help="Series: steps the model reads.", min=1)]
-Target = Annotated[str | None, typer.Option(help="Series: forecast this column alone, not all.")]
-TextColumn = Annotated[str | None, typer.Option(help="Text: the column to classify.")]
-LabelColumn = Annotated[str | None, typer.Option(help="Text: the column that holds the class.")]
-TimeColumn = Annotated[str | None, typer.Option(help="Series: the column that holds the time.")]
 Tokenizer = Annotated[
-    Path | None, typer.Option(help="Text: a tokenizer.json to use; one is trained on the data otherwise.")
+    str | None, typer.Option(help="Text: a tokenizer.json to use; one is trained on the data otherwise.")
 ]
 InputSize = Annotated[
     str | None,
@@ -60,24 +43,30 @@ InputSize = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def reader_options(
-    *,
-    horizon: int | None,
-    lookback: int | None,
-    target: str | None,
-    time_column: str | None,
-    text_column: str | None,
-    label_column: str | None,
-    tokenizer: Path | None,
-) -> dict[str, Any]:
-    """The keywords of `gossamer.data.read_dataset` that were given."""
-    given = {
-        "horizon": horizon,
-        "lookback": lookback,
-        "target": target,
-        "time": time_column,
-        "text": text_column,
-        "label": label_column,
-        "tokenizer": str(tokenizer) if tokenizer else None,
-    }
-    return {key: value for key, value in given.items() if value is not None}
+# A command's option, what it says, and the keyword of `gossamer.data.read_dataset` it becomes.
+_READING: dict[str, tuple[Any, str]] = {
+    "horizon": (Annotated[int | None, typer.Option(help="Series: steps to forecast.", min=1)], "horizon"),
+    "lookback": (Annotated[int | None, typer.Option(help="Series: steps the model reads.", min=1)], "lookback"),
+    "target": (Annotated[str | None, typer.Option(help="Series: forecast this column alone, not all.")], "target"),
+    "time_column": (Annotated[str | None, typer.Option(help="Series: the column that holds the time.")], "time"),
+    "text_column": (Annotated[str | None, typer.Option(help="Text: the column to classify.")], "text"),
+    "label_column": (Annotated[str | None, typer.Option(help="Text: the column that holds the class.")], "label"),
+    "tokenizer": (Tokenizer, "tokenizer"),
+}
+
+
+def reads_data(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of the data readers to `command`, which is called with those that were given as `options`."""
+    own = inspect.signature(command, eval_str=True)
+
+    @wraps(command)
+    def reading(**given: Any) -> None:
+        said = {keyword: given.pop(name) for name, (_, keyword) in _READING.items()}
+        command(**given, options={k: v for k, v in said.items() if v is not None})
+
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(n, keyword_only, default=None, annotation=kind) for n, (kind, _) in _READING.items()]
+    kept = [p.replace(kind=keyword_only) for name, p in own.parameters.items() if name != "options"]
+    # `--json` stays last.
+    setattr(reading, "__signature__", own.replace(parameters=[*kept[:-1], *added, kept[-1]]))  # noqa: B010
+    return reading

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gossamer.cli.options import (
     AsJson,
-    Horizon,
-    LabelColumn,
-    Lookback,
     Seed,
-    Target,
     Task,
-    TextColumn,
-    TimeColumn,
-    Tokenizer,
-    reader_options,
+    reads_data,
 )
 from gossamer.cli.show import print_json
 from gossamer.cli.units import parse_duration, parse_shares
@@ -27,6 +20,7 @@ NOTHING_FITS = 3
 """Exit code when no file meets the budget."""
 
 
+@reads_data
 def command(
     model: Annotated[
         str,
@@ -50,13 +44,8 @@ def command(
     ] = False,
     task: Task = None,
     seed: Seed = 0,
-    horizon: Horizon = None,
-    lookback: Lookback = None,
-    target: Target = None,
-    time_column: TimeColumn = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    tokenizer: Tokenizer = None,
+    *,
+    options: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Make a model you already have cheaper, with accuracy before and after."""
@@ -64,15 +53,6 @@ def command(
     if not budget and recipe is None and not explain:
         raise ValueError("shrink needs --budget (like latency=70%) or --recipe FILE")
     seconds = parse_duration(time)
-    options = reader_options(
-        horizon=horizon,
-        lookback=lookback,
-        target=target,
-        time_column=time_column,
-        text_column=text_column,
-        label_column=label_column,
-        tokenizer=tokenizer,
-    )
 
     from gossamer.shrink.options import ShrinkOptions
     from gossamer.shrink.recipe import read_recipe

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gossamer.cli.options import (
     AsJson,
     Data,
-    Horizon,
-    LabelColumn,
-    Lookback,
     Seed,
-    Target,
     Task,
-    TextColumn,
-    TimeColumn,
-    Tokenizer,
-    reader_options,
+    reads_data,
 )
 from gossamer.cli.show import print_json
 from gossamer.cli.units import parse_duration, parse_settings, short
 
 
+@reads_data
 def command(
     model: Annotated[str, typer.Argument(help="A model's name, e.g. autoformer or cct_7_3x1_32.")],
     data: Data,
@@ -45,26 +39,12 @@ def command(
         bool, typer.Option("--checkpointing", help="Less memory for a third more time; the same gradients.")
     ] = False,
     seed: Seed = 0,
-    horizon: Horizon = None,
-    lookback: Lookback = None,
-    target: Target = None,
-    time_column: TimeColumn = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    tokenizer: Tokenizer = None,
+    *,
+    options: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Train one model by name."""
     seconds = parse_duration(time) if time is not None else None
-    options = reader_options(
-        horizon=horizon,
-        lookback=lookback,
-        target=target,
-        time_column=time_column,
-        text_column=text_column,
-        label_column=label_column,
-        tokenizer=tokenizer,
-    )
 
     from gossamer.train import train_model
 
