@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gossamer import measure
+from gossamer import load, measure, save
 from gossamer.models import create_model, load_official
 from gossamer.models._convnext_roadmap import STEPS
 from gossamer.models.registry import system
@@ -37,6 +37,21 @@ def test_every_official_checkpoint_of_convnext_fits() -> None:
 @pytest.mark.parametrize("name", list(system("convnext").variants)[:8])
 def test_convnext_costs_what_is_published(name: str) -> None:
     costs_are_published(name)
+
+
+@pytest.mark.parametrize(("name", "macs"), [("convnext_b", 45.12), ("convnext_l", 101.0), ("convnext_xl", 179.0)])
+def test_convnext_costs_what_is_published_at_384_pixels_too(name: str, macs: float) -> None:
+    with torch.device("meta"):
+        count = measure.macs(create_model(name).eval(), (torch.empty(1, 3, 384, 384),)).total
+    assert count / 1e9 == pytest.approx(macs, rel=0.01)
+
+
+def test_saved_weights_are_read_bit_for_bit(tmp_path) -> None:
+    model = create_model("convnext", **FOUR, num_classes=7).eval()
+    save(model, tmp_path)
+    again, x = load(tmp_path), torch.randn(1, 3, 66, 41)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), again.eval()(x))
 
 
 def test_cost_is_linear_in_pixels() -> None:

@@ -107,10 +107,16 @@ def test_the_small_branch_speaks_to_the_large_one_only_through_the_fusion() -> N
     large = model.stems[1](torch.randn(1, 3, 56, 56))[0]
     one, two = (model.stems[0](torch.randn(1, 3, 60, 60))[0] for _ in range(2))
     stage = model.blocks[0]
-    torch.testing.assert_close(stage.encoders[1](large), stage.encoders[1](large), rtol=0, atol=0)
-    reached = stage(one, large)[1] - stage(two, large)[1]
-    assert reached[:, 0].abs().max() > 1e-3
-    assert reached[:, 1:].abs().max() == 0
+    before: list[Tensor] = []
+    hook = stage.encoders[1].register_forward_hook(lambda *given: before.append(given[2]))
+    after = [stage(small, large)[1] for small in (one, two)]
+    hook.remove()
+    # What the classifier of the large branch would say ahead of the fusion, and behind it.
+    for given, differ in ((before, False), (after, True)):
+        logits = [model.heads[1](x) for x in given]
+        assert ((logits[0] - logits[1]).abs().max() > 1e-3) == differ
+    assert torch.equal(before[0], before[1])
+    assert torch.equal(after[0][:, 1:], after[1][:, 1:])
     # After one more block the news has reached every patch.
     reached = model.blocks[1](*stage(one, large))[1] - model.blocks[1](*stage(two, large))[1]
     assert bool((reached.abs().amax(-1) > 1e-6).all())

@@ -1,6 +1,6 @@
 """EfficientFormer: equal to the authors' code in both forms, its attention knows offsets, its norms fold away.
 
-The card's checks of slimming and of the latency table belong to the search, which is not here.
+Slimming and its table of latencies are tested in `tests/search/test_slimming.py`.
 """
 
 import pytest
@@ -80,6 +80,12 @@ def test_every_official_checkpoint_fits() -> None:
 @pytest.mark.parametrize("name", [row.name for row in catalogue.find("efficientformer").published])
 def test_costs_are_those_published(name: str) -> None:
     costs_are_published(name, params=0.005, macs=0.01)
+
+
+def test_one_head_less_leaves_the_parameters_that_are_published_without_distillation() -> None:
+    with torch.device("meta"):
+        model = create_model("efficientformer_l1", distillation=False)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(11.84, rel=0.001)
 
 
 def test_bias_rows_are_seven_times_the_rows_apart_plus_the_columns_apart() -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer import measure
+from gossamer import catalogue, measure
 from gossamer.io import export_onnx
 from gossamer.layers.fold import fold_batch_norm
 from gossamer.mixers import create_mixer
@@ -47,9 +47,14 @@ def test_every_checkpoint_of_maxvit_fits(size: str) -> None:
         manifest_fits("maxvit", f"maxvit_{size}_tf_{side}")
 
 
-@pytest.mark.parametrize("name", ["maxvit_t", "maxvit_s"])
+@pytest.mark.parametrize("name", ["maxvit_t", "maxvit_s", "maxvit_b", "maxvit_l"])
 def test_maxvit_costs_what_is_published(name: str) -> None:
     costs_are_published(name)
+
+
+@pytest.mark.parametrize(("name", "printed"), [("maxvit_t", 5.6), ("maxvit_s", 11.7), ("maxvit_b", 24.2)])
+def test_what_is_counted_is_near_what_the_authors_print(name: str, printed: float) -> None:
+    assert catalogue.published(name).macs_g == pytest.approx(printed, rel=0.015)
 
 
 @pytest.mark.parametrize(("shape", "window"), [((6, 8), 2), ((6, 9), 3), ((8, 8, 4), 2), ((10,), 5)])
@@ -90,9 +95,14 @@ def test_on_a_map_of_one_window_both_attentions_are_global_attention_with_the_bi
         torch.testing.assert_close(mixer(x).flatten(1, 2), y, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("side", "everything"), [(6, True), (9, True), (12, False)])
-def test_a_window_and_a_lattice_reach_every_token_where_no_side_is_longer_than_their_square(side, everything) -> None:
-    near, far = create_mixer("window", 8, heads=2, window=3), create_mixer("grid_attention", 8, heads=2, window=3)
+@pytest.mark.parametrize(
+    ("window", "side", "everything"),
+    [(3, 6, True), (3, 9, True), (3, 12, False), (7, 14, True), (7, 28, True), (7, 49, True), (7, 56, False)],
+)
+def test_a_window_and_a_lattice_reach_every_token_where_no_side_is_longer_than_their_square(
+    window: int, side: int, everything: bool
+) -> None:
+    near, far = (create_mixer(name, 8, heads=2, window=window) for name in ("window", "grid_attention"))
     x = torch.randn(1, side, side, 8, requires_grad=True)
     reach = torch.autograd.grad(far(near(x))[0, 1, side - 2].sum(), x)[0].abs().sum((0, 3)) > 0
     assert bool(reach.all()) is everything

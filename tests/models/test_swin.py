@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from gossamer import measure
+from gossamer import catalogue, load, measure, save
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
 from gossamer.models.registry import system
@@ -39,7 +40,7 @@ def test_every_official_checkpoint_of_swin_fits() -> None:
         manifest_fits("swin", name)
 
 
-@pytest.mark.parametrize("name", ["swin_t", "swin_s", "swin_b", "swin_b_384", "swin_l", "swin_mlp_t_c24"])
+@pytest.mark.parametrize("name", [row.name for row in catalogue.find("swin").published])
 def test_swin_costs_what_is_published(name: str) -> None:
     costs_are_published(name)
 
@@ -55,6 +56,15 @@ def test_cost_of_window_attention_is_linear_in_pixels_and_that_of_global_attenti
         dense = create_model("swin", **settings, mixer="attention")
         assert macs(windowed, 224) / macs(windowed, 112) == pytest.approx(4, rel=0.02)
         assert macs(dense, 224) / macs(dense, 112) > 5
+
+
+def test_products_of_queries_and_keys_grow_with_the_pixels_in_windows_and_with_their_square_without() -> None:
+    with torch.device("meta"):
+        for mixer, growth in ((create_mixer("window", 32, heads=1), 4), (create_mixer("attention", 32, heads=1), 16)):
+            small, large = (
+                measure.macs(mixer, (torch.empty(1, n, n, 32),)).total - 4 * n * n * 32**2 for n in (56, 112)
+            )
+            assert large / small == pytest.approx(growth, rel=0.02)
 
 
 @pytest.mark.parametrize("small", ["shrink", "pad"])
@@ -132,21 +142,28 @@ def test_small_maps_shift_in_the_dense_form_and_not_in_the_classification_form()
     assert (dense.stages[0][1](x) - strict.stages[0][1](x)).abs().max() > 1e-6
 
 
-def test_weights_of_another_window_load_with_resized_tables_and_those_of_the_same_bit_for_bit() -> None:
-    saved = golden("swin")
-    state = seeded_state(saved["shapes"])
+def test_weights_of_another_window_load_with_tables_resized_as_images_and_a_file_gives_the_same_bits(tmp_path) -> None:
     settings = {**TINY, "num_classes": 7}
-    one = load_official(create_model("swin", **settings, img_size=(32, 64)), state)
-    two = load_official(create_model("swin", **settings, img_size=(32, 64)), state)
-    x = torch.randn(1, 3, 32, 64)
-    assert torch.equal(one(x), two(x))
-    wider = load_official(create_model("swin", **{**settings, "window": 6}, img_size=48), state)
-    table, old = wider.stages[0][0].mixer.bias_table, one.stages[0][0].mixer.bias_table
-    assert table.shape == (121, 2)
-    # The centre, offset zero, stays where it is.
-    torch.testing.assert_close(table[60], old[24], atol=0.2, rtol=0.2)
+    shapes = golden("swin")["shapes"]
+    # The released sizes: tables of windows of 7 tokens, for windows of 12.
+    shapes = {k: [169, v[1]] if k.endswith("bias_table") else v for k, v in shapes.items() if "index" not in k}
+    state = seeded_state({k: v for k, v in shapes.items() if "attn_mask" not in k})
+    one = load_official(create_model("swin", **{**settings, "window": 7}, img_size=56), state)
+    wider = load_official(create_model("swin", **{**settings, "window": 12}, img_size=96), state)
+    for s, stage in enumerate(wider.stages):
+        for b, block in enumerate(stage):
+            old = state[f"layers.{s}.blocks.{b}.attn.relative_position_bias_table"]
+            assert torch.equal(one.stages[s][b].mixer.bias_table, old)
+            image = F.interpolate(old.T.view(1, -1, 13, 13), (23, 23), mode="bicubic")
+            torch.testing.assert_close(block.mixer.bias_table.detach(), image[0].flatten(1).T)
+    torch.save({"model": state}, tmp_path / "swin.pth")
+    two = load_official(create_model("swin", **{**settings, "window": 7}, img_size=56), tmp_path / "swin.pth")
+    save(one, tmp_path / "own")
+    x = torch.randn(1, 3, 56, 56)
+    for again in (two, load(tmp_path / "own")):
+        assert torch.equal(one.eval()(x), again.eval()(x))
     with pytest.raises(ValueError, match="head"):
-        load_official(create_model("swin", **{**settings, "num_classes": 8}, img_size=(32, 64)), state)
+        load_official(create_model("swin", **{**settings, "num_classes": 8, "window": 7}, img_size=56), state)
 
 
 def test_the_dense_form_takes_the_backbone_of_a_classifier() -> None:

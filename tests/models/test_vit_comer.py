@@ -69,6 +69,22 @@ def test_vit_comer_costs_what_the_authors_code_costs(name: str) -> None:
     costs_are_published(name)
 
 
+@pytest.mark.parametrize(("name", "millions"), [("vit_comer_t", 38.7), ("vit_comer_s", 61.4), ("vit_comer_b", 144.7)])
+def test_the_papers_segmenters_are_these_backbones_and_upernet_with_both_of_its_heads(name, millions) -> None:
+    with torch.device("meta"):
+        model = create_model(name)
+    d, c = model.levels.shape[1], 512
+
+    def conv(dim: int, out: int, kernel: int) -> int:
+        return kernel**2 * dim * out + 2 * out  # behind it a norm
+
+    pooled = 4 * conv(d, c, 1) + conv(d + 4 * c, c, 3)
+    joined = 3 * conv(d, c, 1) + 3 * conv(c, c, 3) + conv(4 * c, c, 3)
+    classes = (c + 1) * 150 + conv(d, 256, 3) + 257 * 150
+    count = sum(p.numel() for p in model.parameters()) + pooled + joined + classes
+    assert count / 1e6 == pytest.approx(millions, abs=0.05)
+
+
 def test_twelve_more_blocks_add_the_parameters_of_twelve_blocks() -> None:
     with torch.device("meta"):
         one, two = create_model("vit_comer_t"), create_model("vit_comer_t", depth=24)
@@ -119,7 +135,9 @@ def test_weights_of_a_plain_vit_load_and_its_class_token_is_left_out() -> None:
     torch.testing.assert_close(model.positions.table.flatten(1, 2), plain.stem.positions[:, 1:])
     assert torch.equal(model.cnn.downs[1].conv.weight, cnn)
     wider = load_official(create_model("vit-comer", **{**TINY, "img_size": (64, 96)}), state)
-    assert wider.positions.table.shape == (1, 4, 6, 12)
+    image = state["pos_embed"][:, 1:].view(1, 3, 3, 12).movedim(-1, 1)
+    want = nn.functional.interpolate(image, (4, 6), mode="bicubic").movedim(1, -1)
+    torch.testing.assert_close(wider.positions.table.detach(), want)
     del state["blocks.2.mlp.fc1.bias"]
     with pytest.raises(ValueError, match=r"blocks\.2\.mlp\.fc1\.bias"):
         load_official(model, state)
@@ -138,6 +156,16 @@ def test_gradients_reach_the_convolutions_the_vit_and_gamma() -> None:
     probe(*model(torch.randn(2, 3, 64, 64))).backward()
     for name in ("cnn.stem.0.conv.weight", "blocks.0.mixer.qkv.weight", "positions.table", "levels", "up.weight"):
         assert model.get_parameter(name).grad.abs().max() > 0, name
+    assert all(i.injector.gamma.grad.abs().max() > 0 for i in model.interactions)
+
+
+def test_the_published_tiny_size_learns_from_a_small_image() -> None:
+    model = create_model("vit_comer_t")
+    maps = model(torch.randn(1, 3, 128, 128))
+    assert [tuple(m.shape) for m in maps] == [(1, 32, 32, 192), (1, 16, 16, 192), (1, 8, 8, 192), (1, 4, 4, 192)]
+    probe(*maps).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    assert model.cnn.stem[0].conv.weight.grad.abs().max() > 0
     assert all(i.injector.gamma.grad.abs().max() > 0 for i in model.interactions)
 
 

@@ -6,7 +6,8 @@ Predictions".
 - four times: the pyramid (strides 8, 16, 32) is enriched by kernels of two sizes and reads itself by deformable
   attention; its sum at stride 16 is added to the ViT's tokens (`gamma`, zero at first: a pre-trained ViT starts as it
   was); a quarter of the ViT's blocks runs; the tokens are added to the pyramid, which reads itself again
-- gives four maps at strides 4, 8, 16, 32 and no classes; `forward` is `features` as a tuple
+- gives four maps at strides 4, 8, 16, 32 and no classes; `forward` is `features` as a tuple. The 38.7, 61.4 and 144.7 M
+  parameters of the paper's table are of segmenters, these backbones with UperNet and its auxiliary head
 - weights of a plain ViT (DeiT, DINOv2 at patch 16) load by `load_official` too; the rest of the model stays as it was
 - the detection release differs from the segmentation release: `dim_ratio=0.5`, crops of 14x14 tokens in two blocks of
   three, and the last tokens are added to all four maps (`vit_maps="last"`); its variants are named `_detection`
