@@ -35,12 +35,21 @@ def test_the_cross_covariance_form_mixes_channels_by_a_softmax() -> None:
 
 
 def test_outputs_are_bounded_by_the_values_without_a_softmax() -> None:
+    mixer = create_mixer("cross_feature", 24, heads=3)
+    torch.nn.init.eye_(mixer.proj.weight)
+    torch.nn.init.zeros_(mixer.proj.bias)
     for n in (4, 50):
-        q, k = (unit(torch.randn(2, 3, n, 8) * 10.0**power) for power in (3, -3))
-        v = torch.randn(2, 3, n, 8)
-        y = q @ (k.mT @ v)
-        assert bool((y.norm(dim=2) <= 8 * v.norm(dim=2) * 1.0001).all())
-    torch.testing.assert_close(unit(v).norm(dim=2), torch.ones(2, 3, 8))
+        for power in (-3, 0, 3):  # of the queries and keys, which are large or small without a bound
+            torch.nn.init.normal_(mixer.qkv.weight[:48], std=10.0**power)
+            x = torch.randn(2, n, 24)
+            v, y = mixer.qkv(x)[..., 48:], mixer(x)
+            # Lengths over the tokens: a channel of queries meets eight channels of keys, all of length one.
+            assert bool((y.norm(dim=1) <= 8 * v.norm(dim=1) * 1.0001).all())
+            # Unnormalised queries and keys would not keep it.
+            q, k = mixer.qkv(x)[..., :48].chunk(2, -1)
+            if power == 3:
+                assert bool(((q[..., :8] @ (k[..., :8].mT @ v[..., :8])).norm(dim=1) > 8 * v[..., :8].norm(dim=1)).all())
+    torch.testing.assert_close(unit(torch.randn(2, 3, 9, 8)).norm(dim=2), torch.ones(2, 3, 8))
 
 
 def test_a_channel_of_zeros_gives_no_nan() -> None:

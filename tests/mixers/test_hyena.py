@@ -1,5 +1,7 @@
 """Hyena: equal to the authors' operator, looks where it should, its filters have the rank and the reach they claim."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,15 @@ def test_one_axis_equals_the_authors_sequence_operator() -> None:
         grads = torch.autograd.grad(probe(y), [x, mixer.filter.mlps[0][3].weight])
         for own, name in zip((y, *grads), ("output0", "grad_input", "grad_weight"), strict=True):
             torch.testing.assert_close(own, saved[name].to(dtype), rtol=tolerance, atol=tolerance)
+
+
+def test_operators_of_192_channels_on_14_by_14_patches_have_the_counted_parameters() -> None:
+    counts = []
+    for options in OPERATORS.values():
+        with torch.device("meta"):
+            mixer = create_mixer("hyena", 192, grid=(14, 14), **options)
+        counts.append(sum(p.numel() for p in mixer.parameters()))
+    assert counts == [196_010, 175_338, 303_210, 175_343]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -166,6 +177,33 @@ def test_products_grow_linearly_with_tokens_and_transforms_are_reported() -> Non
     assert middle == 4 * small
     assert large == 16 * small
     assert any("fft" in name for name in names)
+
+
+def test_transforms_grow_as_n_log_n_and_nothing_is_as_large_as_a_pair_of_tokens() -> None:
+    def cost(side: int) -> tuple[float, int]:
+        """Points of all transforms times the logarithm of their length, and the largest tensor made."""
+        mixer, work, sizes = create_mixer("hyena", 4, grid=(side, side), hidden=8), [], []
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                made = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor)]
+                sizes.extend(t.numel() for t in made)
+                if "_fft" in str(func):
+                    axes = args[1]
+                    work.append(made[0].numel() * math.log2(math.prod(max(args[0].shape[a], 2) for a in axes)))
+                return out
+
+        with torch.no_grad(), Watch():
+            mixer(torch.randn(1, side, side, 4))
+        assert len(work) >= 3  # two transforms and one back, at the least
+        return sum(work), max(sizes)
+
+    costs = [cost(side) for side in (16, 32, 64)]
+    for (less, _), (more, _), side in zip(costs, costs[1:], (16, 32), strict=False):
+        # Four times the tokens, and logarithms longer by the twice as long sides.
+        assert more / less == pytest.approx(4 * math.log2(4 * side) / math.log2(2 * side), rel=0.15)
+    assert costs[-1][1] < 64**4 / 100
 
 
 def test_a_step_beyond_the_filter_is_refused() -> None:

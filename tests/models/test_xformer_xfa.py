@@ -29,10 +29,14 @@ def test_the_reconstruction_has_the_published_number_of_parameters() -> None:
     assert catalogue.find("xformer").status == "reconstruction"
 
 
-def test_maps_have_strides_4_to_32_at_any_size() -> None:
+def test_maps_have_strides_4_to_32_at_any_size_from_32_pixels() -> None:
     model = create_model("xformer", num_classes=0, mobile=(0, 0, 0, 0), depths=(0, 1, 1, 1)).eval()
-    maps = model.features(torch.randn(1, 3, 97, 66))
-    assert [tuple(m.shape) for m in maps] == [(1, 25, 17, 64), (1, 13, 9, 96), (1, 7, 5, 128), (1, 4, 3, 160)]
+    for height, width in ((97, 66), (32, 45), (32, 32)):
+        maps = model.features(torch.randn(1, 3, height, width))
+        sides = [(-(-height // s), -(-width // s)) for s in (4, 8, 16, 32)]
+        assert [tuple(m.shape[1:3]) for m in maps] == sides
+        assert [m.shape[3] for m in maps] == [64, 96, 128, 160]
+        assert all(bool(m.isfinite().all()) for m in maps)
 
 
 def test_the_backbone_grows_linearly_with_pixels_and_with_plain_attention_it_does_not() -> None:

@@ -7,6 +7,8 @@ Source: Liu et al. 2022, "EcoFormer: Energy-Saving Attention with Linear Complex
 - the hash is trained by itself, without labels: bit by bit, so that codes agree where attention is strongest and
   disagree where it is weakest. This happens in the first training step that meets untrained anchors; `retrain()` asks
   for it again (the authors do so once, before a fine-tuning of 30 epochs)
+- of patches of photographs its codes find the strongest pairs better than as many random hyperplanes; of tokens that
+  fall into clear groups, hyperplanes find them as well
 - gradients pass the sign as if it were the identity inside (-1, 1)
 - `bias="paper"` adds the constant to every pair, so that rows are convex combinations; `bias="official"` is the
   authors' code, whose numerator adds it to the token's own value alone, and which released weights expect
