@@ -93,6 +93,8 @@ def test_damaged_images_are_skipped_counted_and_listed(class_folders) -> None:
     assert any(line.startswith("2 of 22 images could not be read") for line in data.problems)
     assert any("a/bad.jpg" in line for line in data.problems)
     assert any("b/cut.png" in line for line in data.problems)
+    assert "no image of a known kind" in str(data.problems)
+    assert "BytesIO" not in str(data.problems)
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -6,6 +6,7 @@ import torch
 
 from gossamer.data import DataError, read_dataset
 from gossamer.data.builtin import BUILTINS, GOOD, toy_sentences, toy_table
+from gossamer.data.read import UnknownOption
 from gossamer.data.splits import hold_out, make_plan
 
 
@@ -18,6 +19,12 @@ def test_builtins_repeat_with_the_seed_and_differ_without(name) -> None:
     for split in first.splits:
         for one, two in zip(first.splits[split].inputs, again.splits[split].inputs, strict=True):
             assert torch.equal(one, two)
+
+
+def test_a_builtin_refuses_an_option_of_other_data() -> None:
+    for name, option in (("toy-series", "tokenizer"), ("toy-text", "horizon"), ("digits", "max_len")):
+        with pytest.raises(UnknownOption, match=f"has no option '{option}'"):
+            read_dataset(name, **{option: "1"})
 
 
 def test_digits_are_all_there_once_stratified_and_not_mirrored() -> None:

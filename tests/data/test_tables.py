@@ -94,6 +94,13 @@ def test_json_lines_are_read_and_a_broken_line_is_told(write) -> None:
         read_table(write("z.jsonl", "[1, 2]\n"))
 
 
+def test_a_string_of_json_may_hold_other_ends_of_lines(write) -> None:
+    good = '{"text": "one\u2028two", "label": 1}\n\n{"text": "three\x85", "label": 0}\n'
+    table = read_table(write("x.jsonl", good))
+    assert table.frame["text"].tolist() == ["one\u2028two", "three\x85"]
+    assert table.lines.tolist() == [1, 3]
+
+
 def test_parquet_is_read_and_a_broken_one_is_told(write, tmp_path) -> None:
     pd.DataFrame({"text": ["a b", "c d"], "label": [1, 0]}).to_parquet(tmp_path / "x.parquet")
     assert read_table(tmp_path / "x.parquet").frame["label"].tolist() == [1, 0]

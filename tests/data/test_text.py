@@ -36,6 +36,12 @@ def test_ids_decode_to_the_text_and_padding_is_zero(write, reviews) -> None:
     assert coder.token_to_id("[PAD]") == data.spec["pad_id"] == 0
 
 
+def test_a_day_that_recurs_is_no_label(write) -> None:
+    rows = [f"{i},{('good', 'bad')[i % 2]},2024-01-{1 + i % 28:02},words of number {i} here" for i in range(90)]
+    data = read_dataset(write("x.csv", "\n".join(["id,verdict,when,body", *rows])), task="text-classification")
+    assert (data.meta["text"], data.meta["label"]) == ("body", "verdict")
+
+
 def test_the_tokenizer_knows_only_the_training_split(write, reviews) -> None:
     write("d/train.csv", reviews(40))
     write("d/val.csv", "text,label\nxylophone heard here,pos\nxylophone not heard,neg\n")

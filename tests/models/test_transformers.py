@@ -261,9 +261,10 @@ def test_preprocessing_of_images_is_what_the_folder_says(tmp_path: Path) -> None
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     found = preprocessing(tmp_path)
     assert (found["mean"], found["std"]) == ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3])
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**said, "do_rescale": False}))
-    with pytest.raises(ValueError, match="do_rescale must be True"):
-        preprocessing(tmp_path)
+    for wrong, words in (({"do_rescale": False}, "do_rescale must be True"), ({"rescale_factor": 2}, "must be 1/255")):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({**said, **wrong}))
+        with pytest.raises(ValueError, match=words):
+            preprocessing(tmp_path)
 
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", "##s", "good", "caf", "##e", "!", "the", "un"]
@@ -277,6 +278,12 @@ def test_a_vocabulary_of_word_pieces_becomes_the_tokenizer_that_bert_has(tmp_pat
     found = preprocessing(tmp_path)
     assert found["most_tokens"] == 40
     same_tokens(found["tokenizer"], hf.BertTokenizer(str(tmp_path / "vocab.txt")))
+
+
+def test_a_token_that_other_readers_end_lines_at_moves_none_behind_it(tmp_path: Path) -> None:
+    saved(hf.BertModel(hf.BertConfig(**TEXT)), tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join([*PIECES[:5], "\u2028", *PIECES[5:]]) + "\n", encoding="utf-8")
+    same_tokens(preprocessing(tmp_path)["tokenizer"], hf.BertTokenizer(str(tmp_path / "vocab.txt")))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "roberta"])
@@ -313,3 +320,37 @@ def test_a_tokenizer_file_is_taken_as_it_is_and_a_sentencepiece_model_is_refused
         preprocessing(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert preprocessing(tmp_path)["tokenizer"] == str(tmp_path / "tokenizer.json")
+
+
+def test_merges_of_a_model_that_cuts_words_in_its_own_way_are_refused(tmp_path: Path) -> None:
+    saved(hf.Qwen2ForCausalLM(hf.Qwen2Config(**DECODER)), tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(ValueError, match=r"how qwen2 cuts texts is not known; save tokenizer\.json"):
+        preprocessing(tmp_path)
+
+
+def test_a_sentence_folder_may_hold_its_model_in_a_folder_below(tmp_path: Path) -> None:
+    theirs = saved(hf.BertModel(hf.BertConfig(**TEXT)), tmp_path / "0_Transformer")
+    parts = [("Transformer", "0_Transformer"), ("Pooling", "1_Pooling")]
+    modules = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in parts]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (tmp_path / "0_Transformer" / "vocab.txt").write_text("\n".join(PIECES) + "\n", encoding="utf-8")
+    assert is_transformers_folder(tmp_path)
+    assert preprocessing(tmp_path).keys() == {"most_tokens", "tokenizer"}
+    ids = words()
+    with torch.no_grad():
+        want = theirs(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state[:, 0]
+        close(read_transformers(tmp_path)(ids), want)
+    (tmp_path / "modules.json").write_text(json.dumps(modules[:1]))
+    with pytest.raises(ValueError, match="has no Pooling"):
+        read_transformers(tmp_path)
+
+
+def test_an_index_without_a_map_is_refused(tmp_path: Path) -> None:
+    saved(hf.BertModel(hf.BertConfig(**TEXT)), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks weight_map"):
+        read_transformers(tmp_path)

@@ -85,6 +85,13 @@ def test_texts_are_told_their_vector_and_the_cosine_with_the_one_before(data: Da
     assert said[0]["vector"] == [3.0, 4.0]
 
 
+def test_a_table_of_pairs_is_read_sentence_by_sentence(data: Dataset, tmp_path: Path) -> None:
+    task = make(data)
+    (ids,) = task.read([str(tmp_path / "pairs.csv")])
+    assert len(ids) == 160
+    assert task.names[:2] == ["the cat 0 sleeps well", "a dog of 0 barks"]
+
+
 def test_details_and_figures_are_of_all_fifths_of_the_scores(data: Dataset) -> None:
     vectors, scores = torch.randn(40, 6), torch.linspace(0, 1, 20)
     cosines = F.cosine_similarity(vectors[::2], vectors[1::2])

@@ -2,7 +2,7 @@
 
 - a text column holds several words a cell, mostly different ones
 - a label column holds few different short values
-- a time column parses as dates, or is a number with a telling name that parses as one
+- a time column parses as dates, mostly different ones, or is a number with a telling name that parses as one
 - a name (`label`, `text`, `date` and their like) decides where the values leave several columns possible
 """
 
@@ -125,6 +125,8 @@ def describe(values: pd.Series, name: str) -> Column:
     )
     if dated and distinct > min(rows, SAMPLE) // 2:
         return Column(name, "time", distinct, words)
+    if dated and numeric <= 0.5 and strings.str.contains(r"\d").mean() > 0.9:
+        return Column(name, "other", distinct, words)  # the day of something, over and over
     if numeric > 0.5:
         plain_numbers = numbers(sample)
         whole = not (plain_numbers[np.isfinite(plain_numbers)] % 1).any()

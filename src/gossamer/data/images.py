@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from gossamer.data.base import DataError, Dataset, Split, class_names, class_numbers, listing
@@ -103,6 +104,13 @@ def to_array(data: bytes, size: tuple[int, int]) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
+def complaint(error: Exception) -> str:
+    """What is wrong with a file that cannot be decoded, in one line."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow names the bytes by their address in memory
+        return "no image of a known kind, or a damaged one"
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
 def eight_bit(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float images in 8 bits: the high byte of 16; floats up to 1 are taken as fractions."""
     values = np.asarray(image, dtype=np.float64)
@@ -161,7 +169,7 @@ def decode_all(items: Sequence[Item], size: tuple[int, int]) -> Pixels:
                 data = items[i].load()
                 array = to_array(data, size)
             except Exception as error:  # a damaged file can raise nearly anything inside Pillow's decoders
-                bad[i] = " ".join(str(error).split())[:120] or type(error).__name__
+                bad[i] = complaint(error)
                 continue
             values[i] = array
             keys[i] = digest(data)
@@ -258,6 +266,13 @@ def image_dataset(
     meta["split"] = split_record(plan, keys, seed)
     spec = {"img_size": tuple(tensor.shape[1:3]), "in_chans": tensor.shape[-1], "num_classes": len(classes)}
     return Dataset("image-classification", splits["train"], splits["val"], splits["test"], spec, meta, problems)
+
+
+def luma(images: UInt8[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 1 h w"]:
+    """Colours as grey, as Pillow weighs them."""
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    parts = [(part.movedim(1, -1).float() @ weights).round().byte() for part in images.split(500)]
+    return torch.cat(parts)[:, None]
 
 
 def check_folders(

@@ -41,7 +41,7 @@ def read_dataset(source: str | Path, *, task: str | None = None, seed: int = 0, 
 
     Raises:
         DataError: the data cannot be used; the message names file, row and column, and what to do.
-        ValueError: an option that the task does not have.
+        UnknownOption: an option that the task does not have.
     """
     if task is not None:
         check_option("task", task, TASKS)
@@ -78,6 +78,10 @@ def read_dataset(source: str | Path, *, task: str | None = None, seed: int = 0, 
     return finish(read_tables({"train": [path]}, task, seed, options), name)
 
 
+class UnknownOption(ValueError):
+    """An option that data of this kind do not have."""
+
+
 def finish(dataset: Dataset, source: str) -> Dataset:
     dataset.meta = {"source": source, "task": dataset.task, **dataset.meta}
     return dataset
@@ -91,11 +95,19 @@ def allowed(build: Callable[..., Any], task: str, options: dict[str, Any]) -> di
     """The options, if `build` takes them all."""
     known = set(inspect.signature(build).parameters)
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(build).parameters.values()):
-        known |= set(options)
-    known -= {"seed", "tables", "texts", "items", "folders", "where", "problems"}
+        # A toy: it gives its table to the reader, and says itself which columns are which.
+        known |= set(inspect.signature(_reader(task)).parameters) - {"text", "label"}
+    known -= {"options", "seed", "tables", "texts", "items", "folders", "where", "problems"}
     if strange := sorted(set(options) - known):
-        raise ValueError(f"{task} has no option {strange[0]!r}; its options are {', '.join(sorted(known))}")
+        raise UnknownOption(f"{task} has no option {strange[0]!r}; its options are {', '.join(sorted(known))}")
     return options
+
+
+def _reader(task: str) -> Callable[..., Any]:
+    from gossamer.data.series import series_dataset
+    from gossamer.data.text import text_dataset
+
+    return series_dataset if task == "forecasting" else text_dataset
 
 
 def top(tree: Tree) -> Tree:
@@ -254,7 +266,8 @@ def from_tables(tables: dict[str, list[Table]], task: str | None, seed: int, opt
 
         return pair_dataset(tables, seed=seed, **allowed(pair_dataset, task, options))
     path = next(iter(tables.values()))[0].path
-    raise DataError(f"{path}: a table cannot be read for {task}; give a folder or archive of images in class folders")
+    wanted = "images in class folders" if task == "image-classification" else "plain text (.txt)"
+    raise DataError(f"{path}: a table cannot be read for {task}; give {wanted}, in a folder or an archive")
 
 
 def seen_task(table: Table, options: dict[str, Any]) -> str:

@@ -232,7 +232,8 @@ def read_json(path: Path, text: str) -> Table:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from error
     else:
-        for number, line in enumerate(text.splitlines(), 1):
+        # Not `splitlines`: a string of JSON may hold other ends of lines (U+2028) as they are.
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:

@@ -190,7 +190,10 @@ def onnx_session(path: str | Path, threads: int | None = None) -> Any:
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what goes wrong is raised, it need not be printed too
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own kinds of errors have no common base
+        raise ValueError(f"{path} is no ONNX file that can be run: {_first_line(error)}") from error
 
 
 def onnx_callable(session: Any, inputs: Tensor | np.ndarray | Sequence[Tensor | np.ndarray]) -> Callable[[], Any]:

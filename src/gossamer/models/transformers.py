@@ -57,8 +57,16 @@ class Architecture:
 
 def is_transformers_folder(folder: str | Path) -> bool:
     """Whether `folder` holds a saved model of Hugging Face transformers."""
-    config = Path(folder) / "config.json"
+    config = _home(Path(folder)) / "config.json"
     return config.is_file() and "model_type" in read_json(config)
+
+
+def _home(folder: Path) -> Path:
+    """Where the model itself lies: in a folder of its own, in some that Sentence-Transformers wrote."""
+    if (folder / "config.json").exists() or not (folder / "modules.json").exists():
+        return folder
+    parts = [m for m in read_json(folder / "modules.json") if m["type"].endswith("Transformer")]
+    return folder / Path(parts[0]["path"]).name if parts else folder
 
 
 def read_transformers(folder: str | Path) -> nn.Module:
@@ -68,7 +76,8 @@ def read_transformers(folder: str | Path) -> nn.Module:
         ValueError: an architecture or a setting we do not have, or weights that do not fit; the message says which.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    home = _home(folder)
+    config = read_json(home / "config.json")
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"{folder}: model_type must be one of {', '.join(ARCHITECTURES)}; got {kind!r}")
@@ -79,7 +88,7 @@ def read_transformers(folder: str | Path) -> nn.Module:
         name, settings = entry.settings(config)
     except KeyError as error:
         raise ValueError(f"{folder}: config.json lacks {error.args[0]}") from error
-    state = _weights(folder)
+    state = _weights(home)
     if (folder / "modules.json").exists():
         settings |= _sentence_settings(folder)
     elif "num_classes" in settings and not any("classifier" in key for key in state):
@@ -110,7 +119,7 @@ def preprocessing(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: a tokenizer of a kind that cannot be read.
     """
-    folder = Path(folder)
+    folder = _home(Path(folder))
     config = read_json(folder / "config.json")
     if "image_size" in config:
         wants: dict[str, Any] = {"image_size": pair(config["image_size"]), **_pixels(folder)}
@@ -130,6 +139,8 @@ def _pixels(folder: Path) -> dict[str, Any]:
         return {}
     said = read_json(file)
     demand(said, do_rescale=True)
+    if abs(said.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+        raise ValueError(f"{file}: rescale_factor must be 1/255, got {said['rescale_factor']}")
     if not said.get("do_normalize", True):
         return {"mean": [0.0], "std": [1.0]}
     return {name: [float(v) for v in said[f"image_{name}"]] for name in ("mean", "std") if f"image_{name}" in said}
@@ -156,6 +167,8 @@ def _tokenizer_file(folder: Path, config: Mapping[str, Any]) -> Path | None:
     if (folder / "vocab.txt").exists():
         coder = _word_pieces(folder / "vocab.txt", said)
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        if config.get("model_type") not in ("gpt2", "roberta"):
+            raise ValueError(f"{folder}: how {config.get('model_type')} cuts texts is not known; save tokenizer.json")
         coder = _byte_pairs(folder, said, framed=config.get("model_type") == "roberta")
     elif any((folder / name).exists() for name in ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model")):
         raise ValueError(f"{folder}: its tokenizer is a SentencePiece model; save it as tokenizer.json")
@@ -170,7 +183,9 @@ def _word_pieces(vocabulary: Path, said: Mapping[str, Any]) -> Tokenizer:
     """BERT's tokenizer: words cut into the longest pieces of the vocabulary, between [CLS] and [SEP]."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    words = {word: i for i, word in enumerate(vocabulary.read_text(encoding="utf-8").splitlines())}
+    # A token a line; a token may itself be another end of lines (U+2028).
+    lines = vocabulary.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    words = {word: i for i, word in enumerate(lines)}
     special = {name: said.get(f"{name}_token", f"[{name.upper()}]") for name in ("cls", "sep", "unk", "pad", "mask")}
     special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
     if lacking := [special[name] for name in ("cls", "sep", "unk") if special[name] not in words]:
@@ -213,8 +228,11 @@ def _weights(folder: Path) -> State:
     for name, read in (("model.safetensors", load_weights), ("pytorch_model.bin", read_checkpoint)):
         index = folder / f"{name}.index.json"
         if index.exists():
+            said = read_json(index)
+            if not isinstance(said, dict) or not isinstance(said.get("weight_map"), dict):
+                raise ValueError(f"{index}: lacks weight_map, which says what lies in which file")
             # Names of shards come from outside; they must not lead out of the folder.
-            shards = sorted({Path(part).name for part in read_json(index)["weight_map"].values()})
+            shards = sorted({Path(part).name for part in said["weight_map"].values()})
             return {k: v for part in shards for k, v in read(folder / part).items()}
         if (folder / name).exists():
             return dict(read(folder / name))
@@ -226,6 +244,8 @@ def _sentence_settings(folder: Path) -> dict[str, Any]:
     unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
     if unknown:
         raise ValueError(f"{folder}: modules.json has {', '.join(unknown)}; known are Transformer, Pooling, Normalize")
+    if "Pooling" not in modules:
+        raise ValueError(f"{folder}: modules.json has no Pooling, which makes one vector of a text")
     pooling = read_json(folder / modules["Pooling"] / "config.json")
     kinds = {"cls_token": "token", "mean_tokens": "mean", "max_tokens": "max"}
     chosen = [ours for theirs, ours in kinds.items() if pooling.get(f"pooling_mode_{theirs}")]

@@ -70,6 +70,10 @@ class Task(ABC):
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Float[Tensor, ""]:
         """The mean training loss of a batch."""
 
+    def answer_shape(self, inputs: tuple[Tensor, ...], target: Tensor) -> tuple[int | None, ...]:
+        """Sizes of a model's answer to a batch, None where any will do: those of the target, if not overridden."""
+        return tuple(target.shape)
+
     def teaching(self, student: Tensor, teacher: Tensor) -> Float[Tensor, ""]:
         """How far the answers of `student` are from its teacher's: the mean squared difference, if not overridden."""
         return F.mse_loss(student, teacher)

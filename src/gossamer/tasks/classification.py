@@ -28,6 +28,10 @@ class Classification(Task):
         self.classes: list[str] = list(meta["classes"])
         self.names: list[str] = []
 
+    def answer_shape(self, inputs: tuple[Tensor, ...], target: Tensor) -> tuple[int | None, ...]:
+        """A score for each class."""
+        return len(target), len(self.classes)
+
     def loss(self, output: Float[Tensor, "b k"], target: Tensor, smoothing: float = 0.0) -> Float[Tensor, ""]:
         """Cross entropy with class numbers `(b,)` or probabilities `(b, k)`; in float32 whatever the output."""
         return F.cross_entropy(output.float(), target, label_smoothing=smoothing)

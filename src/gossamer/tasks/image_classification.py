@@ -73,7 +73,7 @@ class ImageClassification(Classification):
         """Image files of any size, brought to the run's size as the training images were."""
         from pathlib import Path
 
-        from gossamer.data.images import to_array
+        from gossamer.data.images import complaint, luma, to_array
 
         arrays = []
         for name in inputs:
@@ -82,9 +82,10 @@ class ImageClassification(Classification):
             except FileNotFoundError as error:
                 raise DataError(f"{name}: no such file") from error
             except Exception as error:  # a damaged file can raise nearly anything inside Pillow's decoders
-                raise DataError(f"{name}: not a readable image ({error})") from error
+                raise DataError(f"{name}: not a readable image ({complaint(error)})") from error
             if array.shape[-1] != self.spec["in_chans"]:
-                array = array.expand(-1, -1, 3) if array.shape[-1] == 1 else grey(array)
+                one = array.movedim(-1, 0)[None]
+                array = (one.expand(-1, 3, -1, -1) if len(one[0]) == 1 else luma(one))[0].movedim(0, -1)
             arrays.append(array)
         if not arrays:
             raise DataError("no input: give one image file or more")
@@ -117,11 +118,6 @@ class ImageClassification(Classification):
             words = f"{guess[:16]} {float(chance[i]):.0%}" + ("" if guess == truth else f"\n({truth[:16]})")
             axis.set_title(words, fontsize=8, parse_math=False)
         return to_svg(plot)
-
-
-def grey(x: UInt8[Tensor, "h w 3"]) -> UInt8[Tensor, "h w 1"]:
-    """Luma, as Pillow weighs it."""
-    return (x.float() @ torch.tensor([0.299, 0.587, 0.114])).round().byte()[..., None]
 
 
 def shifted(

@@ -44,6 +44,10 @@ class LanguageModelling(TextInputs, Task):
         check_strength(strength)
         return (split.inputs[0][index],), split.targets[index]
 
+    def answer_shape(self, inputs: tuple[Tensor, ...], target: Tensor) -> tuple[int | None, ...]:
+        """A score for each token, at every place; a model may know more tokens than its tokenizer has."""
+        return *inputs[0].shape, None
+
     def loss(
         self, output: Float[Tensor, "b n v"], target: Int[Tensor, "b n"], smoothing: float = 0.0
     ) -> Float[Tensor, ""]:

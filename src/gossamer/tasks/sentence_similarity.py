@@ -38,6 +38,10 @@ class SentenceSimilarity(TextInputs, Task):
         ids, target = split.inputs[0][index].flatten(0, 1), split.targets[index]
         return (self.augmented(ids, strength, generator) if train else ids,), target
 
+    def answer_shape(self, inputs: tuple[Tensor, ...], target: Tensor) -> tuple[int | None, ...]:
+        """A vector for each sentence."""
+        return len(inputs[0]), None
+
     def example(self, split: Split, count: int = 1) -> tuple[Int[Tensor, "b n"]]:
         return (split.inputs[0].flatten(0, 1)[:count],)
 

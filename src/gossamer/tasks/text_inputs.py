@@ -68,10 +68,12 @@ class TextInputs:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         if path.suffix.lower() == ".txt":
-            return [line.strip() for line in read_text(path).splitlines() if line.strip()]
-        column = self.meta["text"]
+            return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+        columns = [self.meta["text"]] if "text" in self.meta else self.meta["columns"][:2]
         # A file without header stays without: its first row may be a text that looks like a name.
-        table = read_table(path, header=False if column.startswith("column ") else None)
+        table = read_table(path, header=False if columns[0].startswith("column ") else None)
         if len(table.frame.columns) == 1:
-            column = str(table.frame.columns[0])
-        return text_cells(table, table.column(column))
+            columns = [str(table.frame.columns[0])]
+        # Of pairs one sentence stands behind the other.
+        cells = [text_cells(table, table.column(column)) for column in columns]
+        return [text for row in zip(*cells, strict=True) for text in row]
