@@ -8,11 +8,12 @@ Transformer".
 - `depth` blocks attend over the tokens of one region (local); its scale token then stands for it, and `depth` blocks
   attend over regions and a class token (global)
 - the scale token is one learned vector, or (`scale_token="channel"`) made of all maps at once, one for each region
-- the authors' repository could not be read; layout and names follow a public fork. That fork's global blocks are bare
-  attention with neither norm nor residual, and its head scores the class token before its norm: `style="released"`.
-  The paper speaks of transformer blocks: `style="standard"` is pre-norm with residuals and an MLP, and a normed head
-- ResNet-18 with three scales, or with channel tokens, has other shapes in the fork (a projection is missing, one is
-  too narrow), and does not run there; here both follow the sizes of the maps
+- the authors' repository could not be read; layout, names and outputs are those of a public fork. That fork's global
+  blocks are bare attention with neither norm nor residual, and its head scores the class token before its norm:
+  `style="released"`. The paper speaks of transformer blocks: `style="standard"` is pre-norm with residuals and an MLP,
+  and a normed head
+- ResNet-18 with three or four scales, or with channel tokens, does not run in the fork (a projection is missing, maps
+  are, or one is too narrow); here all follow the sizes of the maps
 - the tokens of the 2x2 map lie column by column, those of the others row by row, as the weights were trained
 """
 
