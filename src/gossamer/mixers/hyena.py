@@ -5,7 +5,8 @@ Hierarchy" (the operator on one axis, here with `causal=True`).
 
 - no attention: cost `n log n` in the tokens n, by Fourier transform
 - a filter is a network of sines over a place's coordinates, times a window that decays with distance
-- a convolution looks back on every axis, into one orthant; `direction` says how the other orthants are reached
+- a convolution looks back on every axis, into one orthant; `direction` says how the other orthants are reached. The
+  short convolution of width 3 in front looks one token ahead as well (not with `causal=True`)
 - the coordinates are a table as long as the longest axis of `grid`, one for all axes; smaller maps read its beginning
 - the authors' 2-D code divides each long convolution by twice the side (`scale`); the clean form does not
 - in their `parallel` form the four operators look the same way, and each reads a quarter of the input product: so here
