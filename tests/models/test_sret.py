@@ -210,6 +210,44 @@ def test_any_mixer_stands_in_the_blocks_of_sret() -> None:
     assert len(answers) == 4
 
 
+def alike_known(loops: int, seed: int = 0) -> tuple[float, float]:
+    """Loss, and share of right answers to "are the textures at the two ends alike?", after 120 steps.
+
+    The first pass attends inside slices of three rows, too few to compare the ends; later ones attend to everything.
+    One pass has a projection twice as wide, so that parameters are equal.
+    """
+    torch.manual_seed(seed)
+    settings = {"base_dim": 16, "heads": (1,), "groups": (4,), "second_groups": (1,), "mlp_ratio": 2.0, "in_chans": 1}
+    model = create_model(
+        "sret", **settings, depths=(loops,), loops=loops, projection_ratio=2 / loops, stem_strides=(2, 1),
+        drop_path=0.0, init_by_fan=True, num_classes=2, img_size=(24, 8),
+    )  # fmt: skip
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(5490, rel=0.01)
+    stripes = torch.zeros(2, 4, 4)
+    stripes[0, ::2], stripes[1, :, ::2] = 1, 1
+    kinds = torch.randint(2, (1800, 2))
+    x, y = 0.1 * torch.randn(1800, 1, 24, 8), (kinds[:, 0] == kinds[:, 1]).long()
+    x[:, 0, 2:6, 2:6] += stripes[kinds[:, 0]]
+    x[:, 0, 18:22, 2:6] += stripes[kinds[:, 1]]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for index in torch.stack([torch.randperm(1500) for _ in range(4)]).flatten().split(50):
+        loss = F.cross_entropy(model(x[index]), y[index])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        right = (model.eval()(x[1500:]).argmax(1) == y[1500:]).float().mean()
+    return sum(losses[-10:]) / 10, float(right)
+
+
+def test_two_passes_learn_in_a_number_of_steps_what_one_pass_of_as_many_parameters_does_not() -> None:
+    (once, _), (twice, right) = alike_known(1), alike_known(2)
+    assert right > 0.95
+    assert twice < once / 4
+
+
 @pytest.mark.parametrize("spec", [*SPECS, {"img_size": (28, 40), "in_chans": 3, "num_classes": 10}], ids=str)
 def test_scaled_sret_takes_any_small_image(spec: dict) -> None:
     scales("sret", spec, "s")

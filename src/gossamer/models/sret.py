@@ -297,7 +297,8 @@ def sret(
             hidden = int(dim * projection_ratio)
             stage.append(Recursion(shared, [Projection(dim, hidden) for _ in range(loops)]))
         stages.append(stage)
-    stem_widths = (dims[0] // 2, *[dims[0]] * (len(stem_strides) - 1))
+    before = len(stem_strides) - 1
+    stem_widths = [dims[0] // 2] * min(1, before) + [dims[0]] * max(1, before)
     positions = GridPositions(dims[0], _grid(size, step), resize=True)
     nn.init.trunc_normal_(positions.table, std=0.02)
     model = Pyramid(
