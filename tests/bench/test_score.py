@@ -104,6 +104,20 @@ def test_the_command_shows_the_front_and_writes_table_and_chart(tmp_path: Path):
     assert rows[0]["energy_mj"] == pytest.approx(rows[0]["macs"] * 1e-9)
 
 
+def test_what_is_counted_is_written_alike_in_every_run(tmp_path: Path):
+    files = []
+    for run in ("one", "two"):
+        torch.manual_seed(0)
+        nets = {"vit": (vision(), torch.randn(1, 1, 8, 8)), "linear": (nn.Linear(4, 4), torch.randn(1, 4))}
+        bench_models(nets, {"vit": 0.9, "linear": 0.4}, out=tmp_path / run, seconds=0)
+        text = (tmp_path / run / "results.json").read_text()
+        files.append(text.replace(str(tmp_path / run), "here"))
+    assert files[0] == files[1]
+    rows = json.loads(files[0])["models"]
+    assert [row["name"] for row in rows] == ["vit", "linear"]
+    assert all(row["latency_ms"] is None for row in rows)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gossamer.measure import macs
-from gossamer.mixers import create_mixer
-from gossamer.ops.attention import join_heads
+from gossamer.mixers import create_mixer, list_mixers
+from gossamer.ops.attention import join_heads, split_heads
 
 N, DIM = 12, 32
 OWN = dict(heads=4)
@@ -108,6 +108,76 @@ def test_keys_that_are_not_reduced_are_those_of_full_attention():
         plain.qkv.bias.copy_(torch.cat((parts["q.bias"], parts["kv.bias"])))
     plain.proj.load_state_dict(mixer.proj.state_dict())
     torch.testing.assert_close(mixer(x), full(plain, x), atol=1e-5, rtol=1e-4)
+
+
+def ghosts(mixer, x):
+    """Queries, keys and values, the second half of each a scaled copy of the first."""
+    return [torch.cat((t, t * s), -1) for t, s in zip(mixer.qkv(x).chunk(3, -1), mixer.scale, strict=True)]
+
+
+# Maps: settings that leave nothing out, and the mixer's own queries, keys, values and output product.
+MAP = (3, 4)
+MAPS = {
+    "hilo": (dict(window=1), lambda m, x: (m.low.q(x), *m.low.kv(x).chunk(2, -1), m.low.proj)),
+    "strip_attention": (dict(ratio=1, qk_dim=8), lambda m, x: (m.q(x), *m.kv(x).chunk(2, -1), m.proj)),
+    "cross_shaped": (dict(stripe=None), lambda m, x: (*m.qkv(x).chunk(3, -1), m.proj)),
+    "grid_attention": (dict(window=4, grid=(4, 4)), lambda m, x: (*m.qkv(x).chunk(3, -1), m.proj)),
+    "offset_bias_attention": (
+        dict(key_dim=8, value_dim=8, grid=MAP),
+        lambda m, x: (*(t.flatten(-2) for t in m.qkv(x).unflatten(-1, (4, 3, 8)).unbind(-2)), m.proj),
+    ),
+    "ghost_attention": ({}, lambda m, x: (*ghosts(m, x), m.proj)),
+    "spatial_reduction": (dict(ratio=1), lambda m, x: (m.q(x), *m.kv(x).chunk(2, -1), m.proj)),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_on_maps_too_it_is_full_attention_where_nothing_is_left_out(name):
+    options, products = MAPS[name]
+    torch.manual_seed(0)
+    mixer = create_mixer(name, DIM, heads=4, **options).eval()
+    for part, p in mixer.named_parameters():
+        torch.nn.init.normal_(p, std=0.3)
+        if part.startswith("lepe") or part == "bias_table":  # positions, of which full attention knows nothing
+            torch.nn.init.zeros_(p)
+    x = torch.randn(2, *options.get("grid", MAP), DIM)
+    *qkv, proj = products(mixer, x.flatten(1, 2))
+    q, k, v = (split_heads(t, 4) for t in qkv)
+    weights = (q @ k.mT / math.sqrt(8)).softmax(-1)
+    torch.testing.assert_close(mixer(x), proj(join_heads(weights @ v)).view(x.shape), atol=1e-5, rtol=1e-4)
+
+
+def test_rotary_attention_that_does_not_turn_is_full_attention():
+    torch.manual_seed(0)
+    mixer = create_mixer("rotary_gqa", DIM, heads=4, kv_heads=4).eval()
+    x = torch.randn(2, N, DIM)
+    assert (mixer(x) - full(mixer, x)).abs().max() < 1e-5  # its own products turn, and so do these
+    turned = mixer(x)
+    mixer.frequencies.zero_()
+    plain = create_mixer("gqa", DIM, heads=4, kv_heads=4, qkv_bias=False, out_bias=False).eval()
+    plain.load_state_dict(mixer.state_dict())
+    torch.testing.assert_close(mixer(x), plain(x), atol=1e-5, rtol=1e-4)
+    assert (turned - mixer(x)).abs().max() > 1e-3
+
+
+# What has no setting at which it is softmax attention over all tokens, and why.
+WITHOUT = {
+    "kernels in place of the softmax": ("performer", "linear", "simplified_linear", "hashed_linear"),
+    "other weights than a softmax of products": ("cross_feature", "context_score", "auto_correlation"),
+    "positions that are part of it": ("polyline",),
+    "slots of its own beside the tokens": ("prefix_attention", "gam"),
+    "few keys of other grains": ("factorized",),
+    "heads by chance or by the norms of keys": ("kdgqa", "dgqa", "pgqa"),
+    "a state, or long convolutions": ("mamba2", "hyena"),
+    "no attention": ("pool", "identity", "depthwise", "spatial_fc", "window_mlp", "local_aggregator"),
+}
+
+
+def test_every_mixer_is_held_to_full_attention_or_is_known_to_have_no_such_limit():
+    held = {*SEQUENCES, *MAPS, "rotary_gqa", "attention"}
+    without = {name for names in WITHOUT.values() for name in names}
+    assert not held & without
+    assert held | without == set(list_mixers())
 
 
 def slope(name, **options):

@@ -119,6 +119,12 @@ def test_every_path_of_the_released_deit_table_has_its_parameters_and_cost():
         assert ours == params
         # Theirs counts norms too, 0.4 % of the whole.
         assert cost[number] == pytest.approx(flops, rel=5e-3)
+    # A path of as many blocks as an anchor has costs between the two it joins.
+    between = [n for n, p in enumerate(net.paths) if p.stitches and all(j == i + 1 for _, i, _, j in p.places)]
+    assert len(between) == 2 * 11
+    for number in between:
+        front, end = net.paths[number].anchors
+        assert cost[front] < cost[number] < cost[end]
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "bert"])
@@ -169,6 +175,17 @@ def test_anchors_answer_as_before_and_a_path_is_front_blocks_then_stitch_then_en
     handle.remove()
     torch.testing.assert_close(got["x"].flatten(0, -2), net.stitches[group][layer](tokens[None])[0])
     assert y.shape == net.anchors[b](x).shape
+
+
+def test_joining_and_solving_leave_the_answers_of_the_anchors_as_they_were():
+    nets, x = family(), seeded_input("snnet", (24, 3, 8, 12))
+    before = [net(x) for net in nets]
+    net = join(nets)
+    net.solve([(x,)])
+    net.eval()
+    for number, want in enumerate(before):
+        net.path = number
+        torch.testing.assert_close(net(x), want, atol=1e-6, rtol=0)
 
 
 def test_least_squares_recovers_a_linear_map_and_beats_random_weights():
