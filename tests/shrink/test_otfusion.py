@@ -14,7 +14,7 @@ from gossamer.measure import parameters
 from gossamer.models import create_model
 from gossamer.ops.transport import exact_plan, sinkhorn_plan
 from gossamer.shrink.base import Unsupported, run_pass
-from gossamer.shrink.passes.otfusion import Fusion, Record, align, ground_cost
+from gossamer.shrink.passes.otfusion import Fusion, Record, _Alignment, align, ground_cost
 from official import GOLDEN, seeded_input, seeded_state
 from shrink.loading import same_after_loading
 from shrink.toys import digits, encoder, learned, texts, vision
@@ -165,6 +165,70 @@ def test_plans_have_the_right_marginals_and_soft_ones_go_from_exact_to_even(n, m
     assert float((exact * cost).sum()) <= float((sinkhorn_plan(cost, 0.01) * cost).sum()) + 1e-12
     assert float((sinkhorn_plan(cost, 1e-3, most=20_000) * cost).sum()) < float((exact * cost).sum()) + 1e-3
     torch.testing.assert_close(exact.sum(0), torch.full((m,), 1 / m, dtype=cost.dtype))
+    torch.testing.assert_close(exact.sum(1), torch.full((n,), 1 / n, dtype=cost.dtype))
+
+
+def chain():
+    """Three products with activations between."""
+    return nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 15), nn.Tanh(), nn.Linear(15, 4)).double()
+
+
+def chain_units(net, x):
+    """Standardised activations of its products, by name."""
+    units = {}
+    for name, part in net.named_children():
+        x = part(x)
+        if isinstance(part, nn.Linear):
+            units[name] = ((x - x.mean(0)) / x.std(0, correction=0)).T.detach()
+    return units
+
+
+@pytest.mark.parametrize("cost", ["activations", "weights"])
+def test_a_chain_of_three_products_is_aligned_as_by_explicit_permutation(cost):
+    torch.manual_seed(0)
+    anchor, other, x = chain(), chain(), torch.randn(200, 6, dtype=torch.float64)
+    first, second = torch.randperm(20), torch.randperm(15)
+    twin = copy.deepcopy(anchor)
+    with torch.no_grad():
+        for name, rows, columns in (("0", first, None), ("2", second, first), ("4", None, second)):
+            layer = twin.get_submodule(name)
+            weight = layer.weight if columns is None else layer.weight[:, columns]
+            layer.weight.copy_(weight if rows is None else weight[rows])
+            layer.bias.copy_(layer.bias if rows is None else layer.bias[rows])
+    torch.testing.assert_close(twin(x), anchor(x))
+    for source in (twin, other):
+        records = [Record(), Record()]
+        for record, net in zip(records, (source, anchor), strict=True):
+            record.units = chain_units(net, x)
+        work = _Alignment(source, anchor, *records, Fusion(solver="emd", cost=cost))
+        maps = [work.product("0", None)]
+        maps.append(work.product("2", maps[0]))
+        work.product("4", maps[1], last=True)
+        aligned = chain()
+        aligned.load_state_dict(work.state)
+        # An exact map between as many units is an order of them: the function is the source's, in the anchor's order.
+        torch.testing.assert_close(aligned(x), source(x))
+        for found in maps:
+            torch.testing.assert_close(found.sum(0), torch.ones(len(found), dtype=found.dtype))
+            assert set(found.flatten().tolist()) == {0.0, 1.0}
+        if source is twin:
+            assert torch.equal(maps[0].argmax(0), first.argsort())
+            assert torch.equal(maps[1].argmax(0), second.argsort())
+            torch.testing.assert_close(work.state, dict(anchor.state_dict()))
+
+
+@pytest.mark.parametrize(("n", "m"), [(8, 8), (9, 6), (4, 7)])
+@pytest.mark.parametrize("solver", ["emd", "sinkhorn"])
+def test_columns_of_a_map_sum_to_one_and_rows_to_the_ratio_of_the_widths(solver, n, m):
+    if n != m and solver == "emd":
+        pytest.importorskip("ot", reason="exact transport of unequal sizes needs POT")
+    torch.manual_seed(0)
+    work = _Alignment(chain(), chain(), Record(), Record(), Fusion(solver=solver))
+    found = work.plan(torch.randn(n, 30), torch.randn(m, 30))
+    torch.testing.assert_close(found.sum(0), torch.ones(m, dtype=found.dtype), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.sum(1), torch.full((n,), m / n, dtype=found.dtype), atol=1e-6, rtol=0)
+    # What reads the units goes on reading all of each.
+    torch.testing.assert_close(work.reader(found).sum(1), torch.ones(n, dtype=found.dtype), atol=1e-6, rtol=0)
 
 
 def test_exact_plans_are_the_best_of_all_orders_and_sinkhorn_is_that_of_pot():
