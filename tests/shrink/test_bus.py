@@ -200,16 +200,33 @@ def test_layer_and_share_leave_what_was_asked_for(depth, keep, layer):
     assert place(12, 0.85) == (6, 0.7)
 
 
-def test_macs_follow_the_formula_and_the_decoder_is_linear_in_what_it_leaves():
+def test_macs_follow_the_formula():
     net = create_model("vit_small_patch16_224").to("meta")
     x = torch.empty(1, 3, 224, 224, device="meta")
     recipe.apply(net, {"step": "bus", "layer": 6, "alpha": 0.7, "protect": 1})
     n, u, d = 197, 1 + 138 + 1, 384
     blocks = 6 * (12 * n * d**2 + 2 * n * n * d) + 6 * (12 * u * d**2 + 2 * u * u * d)
     assert macs(net, x).total == pytest.approx(blocks + 196 * 768 * d + d * 1000, rel=0.01)
-    y = torch.randn(1, 140, 64)
-    spent = [macs(PatchAbstraction(64, 4, 138, beta=beta), y).total for beta in (0.1, 0.2, 0.3)]
-    assert spent == sorted(spent)
+
+
+def test_the_decoder_costs_what_its_products_do_and_what_reads_the_summary_is_linear_in_it():
+    d, n, layers = 64, 140, 2
+    for beta in (0.1, 0.3, 1.0):
+        r = 1 + -(-round(1000 * beta * 138) // 1000)  # the class token, and as many of the 138 patches
+        own = 4 * r * d**2 + 2 * r * r * d
+        cross = 2 * r * d**2 + 2 * (n - r) * d**2 + 2 * r * (n - r) * d
+        counted = macs(PatchAbstraction(d, 4, 138, beta=beta, depth=layers), torch.randn(1, n, d)).total
+        assert counted == pytest.approx(layers * (own + cross + 8 * r * d**2), rel=0.01)
+    fusion, words = create_mixer("attention", d, heads=4), torch.randn(1, 12, d)
+
+    class Fused(nn.Module):
+        """Words that read a summary."""
+
+        def forward(self, summary):
+            return fusion(words, context=summary)
+
+    spent = [macs(Fused(), torch.randn(1, r, d)).total for r in (10, 20, 40)]
+    assert spent[2] - spent[1] == 2 * (spent[1] - spent[0]) == 20 * (2 * d**2 + 2 * 12 * d)
 
 
 def test_a_new_decoder_passes_the_queries_on_and_a_trained_one_reads_the_rest():
@@ -226,6 +243,8 @@ def test_a_new_decoder_passes_the_queries_on_and_a_trained_one_reads_the_rest():
 
 
 def test_a_block_refuses_shares_outside_of_0_to_1():
-    for alpha in (0.0, 1.2):
+    for share in (0.0, -0.1, 1.2):
         with pytest.raises(ValueError, match="alpha must be in"):
-            block(alpha)
+            block(share)
+        with pytest.raises(ValueError, match="beta must be in"):
+            PatchAbstraction(16, 4, 10, beta=share)

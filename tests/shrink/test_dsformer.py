@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gossamer.io import export_onnx, save_weights
+from gossamer.layers import Block
 from gossamer.layers.dense_sparse import (
     DenseSparseLinear,
     StraightThroughLinear,
@@ -18,10 +19,12 @@ from gossamer.layers.dense_sparse import (
     unpack_bits,
 )
 from gossamer.measure.parameters import weight_bytes
+from gossamer.mixers import create_mixer
 from gossamer.models import create_model
 from gossamer.shrink.base import Unsupported, run_pass
 from gossamer.shrink.passes.dsformer import dsformer
 from shrink.loading import same_after_loading
+from shrink.refusals import refuses
 from shrink.toys import digits, encoder, learned, texts, vision
 
 
@@ -217,11 +220,16 @@ def test_weights_of_other_sizes_or_without_places_are_refused():
 
 def test_what_cannot_be_smaller_is_left_as_it_was_and_keeping_all_changes_nothing():
     net, calibration = encoder(dim=8, heads=2, hidden=8).eval(), texts()
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    with pytest.raises(Unsupported, match="would be smaller"):
-        dsformer(net, calibration, keep=0.1)
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert not hasattr(net, "recipe") or net.recipe == []
+    said = r"no linear layer of blocks\.0\.mixer\.qkv … blocks\.1\.mlp\.fc2 would be smaller"
+    refuses("dsformer", net, calibration, said, keep=0.1)
+    pooling = nn.Sequential(
+        nn.Flatten(2),
+        Block(64, create_mixer("pool", 64), None),
+        nn.Linear(64, 16),
+        nn.Linear(16, 16),
+        nn.Linear(16, 10),
+    )
+    refuses("dsformer", pooling.eval(), digits(), "residual blocks of Sequential have no linear layers")
     same, steps = run_pass("dsformer", net, calibration, keep=1.0)
     assert steps == []
     x = calibration.example(2)

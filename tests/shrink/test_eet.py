@@ -13,7 +13,7 @@ from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
 from gossamer.ops.hashing import discrete_codes, hamming, mean_average_precision, signs
 from gossamer.shrink import recipe
-from gossamer.shrink.passes.eet import HashHead, erase, last_map, shares
+from gossamer.shrink.passes.eet import HashHead, _Guide, erase, last_map, shares
 from official import golden, probe, seeded_input, seeded_state
 from shrink.toys import digits, vision
 
@@ -162,6 +162,28 @@ def test_exactly_the_wanted_cells_are_erased():
         assert int((erased == 0).sum()) == 2 * 3 * 4 * 256
     with pytest.raises(ValueError, match="cells must be in"):
         erase(images, torch.tensor([[196], [0]]), (14, 14))
+
+
+def test_what_is_erased_is_what_the_teacher_looks_at_most():
+    calibration, net, student = digits(), vision(depth=3).eval(), vision(depth=3).eval()
+    inputs, target = next(calibration.batches(6, batch_size=6))
+    given = []
+    student.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    loss = _Guide(net, calibration, 4, 1)(student, inputs, target)
+    seen = torch.stack([naive_map(net.blocks[2], t[None]) for t in net.blocks[1](net.blocks[0](net.stem(*inputs)[0]))])
+    shown, hidden = given
+    assert torch.equal(shown, inputs[0])
+    for i in range(6):
+        best = sorted(range(16), key=lambda cell: -float(seen[i, 1 + cell]))[:4]
+        want = shown[i].clone()
+        for cell in best:
+            want[:, 2 * (cell // 4) : 2 * (cell // 4) + 2, 2 * (cell % 4) : 2 * (cell % 4) + 2] = 0
+        assert torch.equal(hidden[i], want)
+    with torch.no_grad():
+        answers, erased, taught = student(shown), student(hidden), net(shown)
+        likeness = torch.cosine_similarity(answers, taught, dim=-1)
+        rest = calibration.task.loss(answers, target) + calibration.task.loss(erased, target)
+    torch.testing.assert_close(loss.detach(), rest + (1 - likeness).mean())
 
 
 def test_the_teachers_map_is_that_of_its_last_block_and_its_answer_its_own():

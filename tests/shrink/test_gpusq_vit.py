@@ -23,10 +23,12 @@ from gossamer.layers.sparse_quant import (
 )
 from gossamer.measure.parameters import weight_bytes
 from gossamer.models import create_model
+from gossamer.shrink import recipe
 from gossamer.shrink.base import Unsupported, run_pass
 from gossamer.shrink.passes.gpusq_vit import Distillation, gpusq_vit, importance, sparse_layers
 from gossamer.train.trainer import model_outputs
 from shrink.loading import same_after_loading
+from shrink.refusals import refuses
 from shrink.toys import digits, encoder, learned, texts, vision
 
 
@@ -100,6 +102,10 @@ def test_pattern_and_grid_hold_through_training_storing_and_loading(bits, paired
     assert losses[-1] < 0.9 * losses[0]
     kept = layer.stored(input_bits=bits)
     assert is_two_of_four(kept.weight, paired=paired)
+    # In floats exactly two of every four; what is then rounded to zero is zero in its place.
+    for pattern in (layer.mask, *([kept.weight != 0] if bits == 32 else [])):
+        assert (pattern.unflatten(1, (-1, 4, 2 if paired else 1)).any(-1).sum(-1) == 2).all()
+    assert not kept.weight[~layer.mask].any()
     torch.testing.assert_close(kept(x), layer(x), atol=1e-5, rtol=1e-5)
     again = SparseQuantLinear(32, 24, bits=bits, paired=paired, input_bits=bits)
     again.load_state_dict(kept.state_dict())
@@ -124,6 +130,36 @@ def test_weights_of_deit_small_are_smaller_by_what_the_paper_says():
     assert weighted_macs(6400, 4) == 100
     with pytest.raises(ValueError, match="factors must say"):
         weighted_macs(1, 6)
+
+
+@pytest.mark.parametrize(("bits", "paired", "times", "whole"), [(8, False, 6.4, 5.2), (4, True, 12.8, 8.6)])
+def test_a_whole_deit_small_is_smaller_by_exactly_what_is_packed(bits, paired, times, whole):
+    net = create_model("deit_small_patch16_224", depth=1)
+    layers = {n: p for n, p in net.named_modules() if type(p) is nn.Linear and n.startswith("blocks.")}
+    before, dense = weight_bytes(net), sum(4 * p.weight.numel() for p in layers.values())
+    for name in layers:
+        how = {"bits": bits, "paired": paired, "input_bits": 32}
+        recipe.apply(net, {"step": "gpusq_vit.sparse", "part": name, **how})
+    state = net.state_dict()
+    packed = sum(t.numel() * t.element_size() for n, t in state.items() if n.endswith((".values", ".places")))
+    scales = sum(4 * (p.out_features + 1) for p in layers.values())
+    assert dense / packed == pytest.approx(times, rel=0.01)
+    assert weight_bytes(net) == before - dense + packed + scales
+    with torch.device("meta"):
+        full = weight_bytes(create_model("deit_small_patch16_224"))
+    assert whole < full / (full - 12 * (dense - packed - scales)) < times
+
+
+def test_without_the_hard_loss_no_label_is_read():
+    calibration, net = texts(), encoder().eval()
+    swapped = texts()
+    swapped.data.train.targets = 1 - swapped.data.train.targets
+    for hard, same in ((0.0, True), (1.0, False)):
+        states = [
+            run_pass("gpusq_vit", net, c, hard=hard, steps=3, lr=1e-3)[0].state_dict() for c in (calibration, swapped)
+        ]
+        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items()) == same
+    assert not torch.equal(states[0]["blocks.0.norm1.weight"], net.state_dict()["blocks.0.norm1.weight"])
 
 
 def test_a_student_like_its_teacher_has_the_hard_loss_alone_and_none_without_labels():
@@ -203,15 +239,21 @@ def test_shrunk_models_load_in_a_fresh_process_export_and_become_int8_files(kind
 def test_what_cannot_be_pruned_is_left_as_it_was_and_later_pruning_finds_no_width():
     calibration = texts()
     odd = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Linear(6, 6), nn.Linear(6, 10)).eval()
-    before = {k: v.clone() for k, v in odd.state_dict().items()}
-    with pytest.raises(Unsupported, match="multiple of 4"):
-        gpusq_vit(odd, digits(), steps=0)
-    assert all(torch.equal(v, before[k]) for k, v in odd.state_dict().items())
+    refuses("gpusq_vit", odd, digits(), "no linear layer of Sequential has a multiple of 4 inputs", steps=0)
+    pairs = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Linear(12, 12), nn.Linear(12, 10)).eval()
+    refuses("gpusq_vit", pairs, digits(), "has a multiple of 8 inputs", steps=0, bits=4)
     low, _ = run_pass("gpusq_vit", encoder().eval(), calibration, steps=0, bits=32)
     with pytest.raises(Unsupported, match="states a pruning rule"):
         run_pass("magnitude", low, calibration)
-    with pytest.raises(ValueError, match="soft must be at least 0"):
-        gpusq_vit(encoder(), calibration, soft=-1.0)
+    net = encoder()
+    for wrong, message in (
+        ({"soft": -1.0}, "soft must be at least 0"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"bits": 6}, "bits must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gpusq_vit(net, calibration, **wrong)
+    assert not parts(net)
 
 
 def test_a_module_of_somebody_else_is_pruned_and_rounded_too():

@@ -24,7 +24,7 @@ from gossamer.mixers import create_mixer
 from gossamer.models import create_model
 from gossamer.shrink import recipe
 from gossamer.shrink.base import Calibration, run_pass
-from gossamer.shrink.passes.ia_red2 import _Policy, solve
+from gossamer.shrink.passes.ia_red2 import _Policy, kept_macs, solve
 from gossamer.tasks import create_task
 from shrink.loading import same_after_loading
 from shrink.toys import digits, learned, vision
@@ -91,6 +91,8 @@ def test_threshold_0_is_the_dense_model_and_one_above_1_leaves_a_single_patch():
     with torch.no_grad():
         torch.testing.assert_close(judged(threshold=0.0)(x), dense(x), atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(judged(share=1.0)(x), dense(x), atol=0, rtol=0)
+    kept, _ = kept_macs(judged(threshold=1.1), (x,))
+    assert (kept == 2).all()
     scores = torch.rand(4, 9)
     only = choose(scores, 1.1)
     assert torch.equal(only.sum(1), torch.ones(4).long())
@@ -114,6 +116,39 @@ def test_macs_follow_the_formula_and_fall_with_the_share():
         assert counted == pytest.approx(formula, rel=0.01)
         counts.append(counted)
     assert counts == sorted(counts, reverse=True)
+
+
+def test_macs_by_threshold_are_those_of_the_tokens_each_sample_kept_and_fall_as_it_rises():
+    x, net, spent = torch.randn(2, 1, 8, 8), vision(depth=4).eval(), []
+    recipe.apply(net, {"step": "ia_red2", "groups": 2, "share": None, "protect": 1})
+    for block in interpreted(net):
+        nn.init.normal_(block.interpreter.policy)
+        nn.init.normal_(block.interpreter.q.weight, std=0.3)
+    scores = net.blocks[0].interpreter(net.stem(x)[0][:, 1:]).detach()
+    for threshold in (0.0, *scores.quantile(torch.tensor([0.2, 0.6])).tolist(), 1.1):
+        for block in interpreted(net):
+            block.threshold = threshold
+        kept, macs_ = kept_macs(net, (x,))
+        spent.append(float(macs_.mean()))
+        outside = macs(net.stem, x[:1]).total + macs(net.head, torch.randn(1, 1, 32)).total
+        for i in range(2):
+            tokens, want = net.stem(x[i : i + 1])[0].detach(), outside
+            for j, block in enumerate(net.blocks):
+                if j % 2 == 0:
+                    patches = tokens[:, 1:]
+                    want += macs(block.interpreter, patches).total
+                    stays = choose(block.interpreter(patches), threshold)[0]
+                    tokens = tokens[:, [0, *(1 + stays.nonzero().flatten()).tolist()]]
+                    assert kept[i, j // 2] == tokens.shape[1]
+                inner = getattr(block, "block", block)
+                want += macs(inner, tokens).total
+                tokens = inner(tokens).detach()
+            assert float(macs_[i]) == pytest.approx(want, rel=1e-6)
+    assert kept.tolist() == [[2] * 2] * 2
+    assert spent == sorted(spent, reverse=True)
+    assert len(set(spent)) == 4
+    with pytest.raises(ValueError, match="must drop tokens by threshold"):
+        kept_macs(judged(share=0.5), (x,))
 
 
 @pytest.mark.parametrize(("groups", "keep"), [(3, 0.6), (2, 0.6), (1, 0.4), (3, 0.2)])
@@ -220,4 +255,7 @@ def test_without_a_share_each_sample_keeps_what_it_needs(tmp_path):
     shrunk, (step,) = run_pass("ia_red2", vision(), calibration, keep=None, steps=1)
     assert step["share"] is None
     assert all(block.share is None for block in interpreted(shrunk))
+    told = shrunk.shrink_report["ia_red2"]
+    assert 2 <= min(told["tokens"]) <= max(told["tokens"]) <= 17
+    assert told["macs"] <= macs(shrunk, calibration.example()).total
     same_after_loading(shrunk, calibration.example(3), tmp_path)

@@ -9,13 +9,14 @@ import torch
 from scipy.stats import spearmanr
 from tests.official import golden, seeded_state
 from tests.shrink.loading import same_after_loading
+from tests.shrink.refusals import refuses
 from tests.shrink.toys import digits, encoder, learned, texts, vision
 
 from gossamer.data.base import Dataset, Split
 from gossamer.io import export_onnx
 from gossamer.models import create_model
 from gossamer.shrink import recipe
-from gossamer.shrink.base import Calibration, Unsupported, run_pass
+from gossamer.shrink.base import Calibration, run_pass
 from gossamer.shrink.costs import Staircase, member_macs
 from gossamer.shrink.masks import masked, members
 from gossamer.shrink.passes.optin import calibration_inputs, optin, score, search
@@ -107,8 +108,11 @@ def test_masks_of_ones_change_nothing_and_what_gives_nothing_scores_nothing():
         net.blocks[1].mlp.fc2.weight[:, 5] = 0
         net.blocks[0].mixer.proj.weight[:, 8:16] = 0
         ids = calibration_inputs(calibration, 8)
+        plain = net(*ids)
         with masked(net, {m: torch.ones(n) for m, n in members(net).items()}):
-            assert torch.equal(net(*ids), Trajectory(net, ids).answer)
+            assert torch.equal(net(*ids), plain)
+        with masked(net, {m: torch.ones(n).index_fill_(0, torch.tensor([0]), 0.0) for m, n in members(net).items()}):
+            assert not torch.allclose(net(*ids), plain)
     for scoring in ("exact", "groups", "probes"):
         found = score(net, calibration, scoring=scoring, group=1, probes=4)
         for member, index in ((("blocks.1.mlp", "hidden"), 5), (("blocks.0.mixer", "heads"), 1)):
@@ -326,10 +330,16 @@ def test_short_time_means_fewer_samples_and_probes(trained):
 def test_what_it_cannot_handle_it_says_and_leaves_the_model_as_it_was():
     calibration = texts()
     bare = torch.nn.Linear(2, 2)
-    with pytest.raises(Unsupported, match="states a pruning rule"):
-        optin(bare, calibration)
+    refuses("optin", bare, calibration, "no part of Linear states a pruning rule for heads", (torch.randn(3, 2),))
+    net = encoder()
+    net.blocks = torch.nn.ModuleList([net.blocks[0], net.blocks[0]])
+    refuses("optin", net.eval(), calibration, r"block blocks\.0 runs more than once", probes=2, samples=8)
+
+
+def test_settings_that_make_no_sense_are_refused_before_anything_is_sliced():
+    calibration = texts()
     pooling = create_model("poolformer_s12", img_size=(8, 8), in_chans=1, num_classes=10)
-    for value in (0.0, 1.5):
+    for value in (0.0, -0.5, 1.5):
         with pytest.raises(ValueError, match="keep must be in"):
             optin(pooling, calibration, keep=value)
     net = encoder()
@@ -337,11 +347,8 @@ def test_what_it_cannot_handle_it_says_and_leaves_the_model_as_it_was():
     for wrong in ({"keep": 0.01}, {"samples": 0}, {"multiple": 0}):
         with pytest.raises(ValueError, match="must be"):
             optin(net, calibration, **{"probes": 2, "samples": 8, **wrong})
-    net.blocks = torch.nn.ModuleList([net.blocks[0], net.blocks[0]])
-    with pytest.raises(Unsupported, match=r"block blocks\.0 runs more than once"):
-        optin(net, calibration)
     assert not getattr(net, "recipe", [])
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items() if "blocks.1" not in k)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 def test_a_model_whose_first_blocks_hold_no_members_is_scored():

@@ -1,5 +1,6 @@
 """Mixture of depths: the authors' layer, the ratio schedule, routing that does not look ahead, and the pass."""
 
+import copy
 import math
 
 import pytest
@@ -13,9 +14,11 @@ from gossamer.layers.language import GatedMlp, RMSNorm
 from gossamer.measure import macs
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model
+from gossamer.ops import tokens as ops
 from gossamer.shrink.base import Calibration, run_pass
 from gossamer.shrink.passes.p_mod import ratios, solve
 from gossamer.tasks import create_task
+from gossamer.train import Diverged
 from official import golden, probe, seeded_input, seeded_state
 from shrink.loading import same_after_loading
 from shrink.toys import learned
@@ -228,6 +231,25 @@ def test_a_causal_model_routes_without_looking_ahead_and_decodes_as_it_reads(mix
         torch.testing.assert_close(out, y[:, t], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mixer", ["attention", "gqa", "rotary_gqa"])
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_words_behind_a_prompt_are_decoded_as_they_are_read_from_a_cache_of_text_and_kept_vision(mixer, keep):
+    routed = block(mixer=mixer, keep=keep, causal=True)
+    x = torch.randn(2, 18, 16)
+    targets = torch.zeros(2, 18, dtype=torch.bool)
+    targets[0, 1:12] = targets[1, 3:8] = True
+    whole = routed(x, targets=targets)[0]
+    y, state = routed.prefill(x[:, :13], targets[:, :13])
+    torch.testing.assert_close(y, whole[:, :13], atol=1e-5, rtol=1e-5)
+    # Of 11 and 5 vision tokens the share, rounded down, and the 2 and 8 of text.
+    assert state.real.sum(1).tolist() == ([2 + 5, 8 + 2] if keep == 0.5 else [13, 13])
+    assert state.keys.shape[2] == int(state.real.sum(1).max())
+    for t in range(13, 18):
+        out, state = routed.step(x[:, t], state)
+        torch.testing.assert_close(out, whole[:, t], atol=1e-4, rtol=1e-4)
+    assert state.real.sum(1).tolist() == ([7 + 5, 10 + 5] if keep == 0.5 else [18, 18])
+
+
 def test_training_moves_the_threshold_to_the_share_that_is_wanted():
     routed = block(keep=0.25, causal=True).train()
     x = torch.randn(8, 64, 16)
@@ -268,6 +290,101 @@ def test_a_language_model_is_shrunk_and_every_position_keeps_an_answer(name, tmp
         torch.testing.assert_close(shrunk(changed)[:, :30], y[:, :30], atol=1e-5, rtol=1e-5)
     assert macs(shrunk, (ids,)).total < macs(net, (ids,)).total
     same_after_loading(shrunk, ids, tmp_path)
+
+
+# ---- a question about a picture --------------------------------------------------------------------------------------
+
+CELLS, THINGS, COLOURS = 14, 5, 5
+VISION = THINGS * COLOURS + 10  # words of things in colours, and of cells that show nothing of interest
+
+
+def asked(count, seed):
+    """Cells of a picture, three of which show a thing in a colour, the name of one of them, and its colour."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(THINGS * COLOURS, VISION, (count, CELLS + 1), generator=draw)
+    things = torch.rand(count, THINGS, generator=draw).argsort(1)[:, :3]
+    colours = torch.randint(0, COLOURS, (count, 3), generator=draw)
+    places = torch.rand(count, CELLS, generator=draw).argsort(1)[:, :3]
+    ids.scatter_(1, places, things * COLOURS + colours)
+    ids[:, -1] = VISION + things[:, 0]
+    return ids, colours[:, 0]
+
+
+class Answers(nn.Module):
+    """A small decoder that answers behind the question; its routed blocks may pass cells by."""
+
+    def __init__(self, dim=32, depth=4):
+        super().__init__()
+        self.words = nn.Embedding(VISION + THINGS, dim)
+        self.places = nn.Parameter(torch.randn(CELLS + 1, dim) / 4)
+        mixers = [create_mixer("attention", dim, heads=4, causal=True) for _ in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, mixer, Mlp(dim, 2 * dim)) for mixer in mixers)
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, COLOURS))
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=part.in_features**-0.5)
+
+    def forward(self, ids):
+        x, seen = self.words(ids) + self.places, ids < VISION
+        for block in self.blocks:
+            x = block(x, targets=seen)[0] if isinstance(block, DepthBlock) else block(x)
+        return self.head(x[:, -1])
+
+    def study(self, steps, seed, lr=3e-3):
+        optimiser = torch.optim.AdamW(self.parameters(), lr=lr)
+        for step in range(steps):
+            ids, colour = asked(32, 10_000 * (seed + 1) + step)
+            optimiser.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(self(ids), colour).backward()
+            optimiser.step()
+        return self
+
+    @torch.no_grad()
+    def right(self):
+        ids, colour = asked(500, 1)
+        return float((self(ids).argmax(1) == colour).float().mean())
+
+
+class SoftmaxDepth(DepthBlock):
+    """Mixture of depths as it was before: what a block adds is weighed by a softmax over the cells."""
+
+    def forward(self, x, *, targets):
+        logits = self.router(x)[..., 0]
+        index, real = self._ranked(logits, None, targets, free=False)
+        own = ops.take(x, index)
+        y = self._second(self._first(own, index, real, None), torch.ones_like(own[..., 0]))
+        weights = torch.where(targets, logits.masked_fill(~targets, -1e9).softmax(1), 1.0).gather(1, index)
+        y = torch.where(real[..., None], own + weights[..., None] * (y - own), own)
+        return ops.put(x, index, y), None, None
+
+
+def test_in_most_trainings_questions_are_answered_as_by_the_dense_model_and_better_than_by_fixed_softmax_routing():
+    right = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        base = Answers().study(150, seed)
+        found = [copy.deepcopy(base).study(100, seed + 50).right()]
+        for kind, shares in ((DepthBlock, solve(4, 0.55)), (SoftmaxDepth, solve(4, 0.55, "fixed"))):
+            net = copy.deepcopy(base)
+            net.blocks = nn.ModuleList(
+                kind(block, share) if share < 1 else block for block, share in zip(net.blocks, shares, strict=True)
+            )
+            assert macs(net, asked(1, 0)[:1]).total < 0.62 * macs(base, asked(1, 0)[:1]).total
+            found.append(net.study(100, seed + 50).right())
+        right.append(found)
+    assert min(dense for dense, _, _ in right) > 0.95
+    assert sum(routed >= dense - 0.02 for dense, routed, _ in right) >= 2
+    assert sum(routed > fixed for _, routed, fixed in right) >= 2
+
+
+def test_numbers_that_are_not_finite_stop_the_training():
+    calibration = sayings()
+    net = create_model("gpt2", dim=16, depth=2, heads=2, hidden=32, vocab_size=16, max_len=40, drop=0.0)
+    with torch.no_grad():
+        net.blocks[1].mlp.fc2.bias[0] = float("inf")
+    with pytest.raises(Diverged, match="loss is nan at step 0"):
+        run_pass("p_mod", net, calibration, keep=0.5, steps=2)
 
 
 def test_a_block_refuses_targets_of_another_shape_and_shares_outside_of_0_to_1():

@@ -10,7 +10,7 @@ from torch import nn
 
 from gossamer.layers import DropPath, reduce
 from gossamer.layers.pyra import PyraBlock
-from gossamer.layers.reduce import MergingBlock
+from gossamer.layers.reduce import MergingBlock, Trail
 from gossamer.measure import macs
 from gossamer.models import create_model
 from gossamer.models.registry import rename, system
@@ -67,12 +67,19 @@ def test_modulated_and_merged_tokens_equal_the_authors():
 def test_a_new_block_merges_as_plain_merging_does_and_its_weights_can_learn():
     net = vision(depth=3).train()
     step = {"r": [4, 3, 2], "tokens": 17, "protect": 1}
-    plain, ours = copy.deepcopy(net), copy.deepcopy(net)
+    plain, ours, none = (copy.deepcopy(net) for _ in range(3))
     recipe.apply(plain, {"step": "merging", **step})
     recipe.apply(ours, {"step": "pyra", **step})
-    none = copy.deepcopy(net)
     recipe.apply(none, {"step": "pyra", "r": [0, 0, 0], "tokens": 17, "protect": 1})
-    pyra.add_lora(ours, rank=2)
+    for each in (net, plain, ours, none):  # all with the same LoRA, one that does something
+        bare = each(torch.ones(1, 1, 8, 8))
+        pyra.add_lora(each, rank=2)
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, mixer in pyra._mixers(each):
+                for p in (mixer.qkv.a, *mixer.qkv.b):
+                    p.copy_(0.3 * torch.randn(p.shape, generator=draw))
+        assert not torch.allclose(each(torch.ones(1, 1, 8, 8)), bare, atol=1e-3)
     x = torch.randn(2, 1, 8, 8)
     y = ours(x)
     torch.testing.assert_close(y, plain(x), atol=1e-6, rtol=1e-6)
@@ -145,6 +152,38 @@ def test_published_schedules_leave_the_published_tokens_and_macs(variant, macs_g
     assert tokens == after
     if macs_g is not None:
         assert macs(net, torch.empty(1, 3, 224, 224, device="meta")).total == pytest.approx(macs_g * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("variant", ["vit_base_low", "vit_base_high"])
+def test_tokens_after_each_block_are_those_of_the_table_and_stand_for_all_197(variant):
+    torch.manual_seed(0)
+    sizes = {"img_size": (14, 14), "in_chans": 1, "num_classes": 10, "patch": 1, "dim": 16, "depth": 12, "heads": 2}
+    net = create_model("vit_tiny_patch16_224", **sizes).eval()
+    recipe.apply(net, {"step": "pyra", "r": pyra.PUBLISHED[variant], "tokens": 197, "protect": 1})
+    counts, totals, sources = [], [], []
+
+    def look(_, __, out):
+        counts.append(out[0].shape[1])
+        totals.append(out[2].sum(1))
+        sources.append(trail.source)
+
+    for block in net.blocks:
+        block.register_forward_hook(look)
+    with torch.no_grad():
+        for block in net.blocks:
+            block.b.normal_()
+        with Trail(net) as trail:
+            net(torch.rand(3, 1, 14, 14))
+        for p in net.stem.parameters():  # all tokens alike: nothing but its protection keeps the class token out
+            p.zero_()
+        with Trail(net) as trail:
+            net(torch.rand(3, 1, 14, 14))
+    wanted = [197 - sum(pyra.PUBLISHED[variant][: i + 1]) for i in range(12)]
+    assert counts == 2 * wanted
+    assert wanted[-1] == {"vit_base_low": 11, "vit_base_high": 5}[variant]
+    torch.testing.assert_close(torch.stack(totals), torch.full((24, 3), 197.0))
+    for source in sources:  # the class token stands at the front, for itself alone
+        assert ((source == 0) == (torch.arange(197) == 0)).all()
 
 
 def test_only_adapters_rescaling_and_head_learn(pictures):

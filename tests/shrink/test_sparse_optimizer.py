@@ -8,11 +8,15 @@ import torch
 from torch import nn
 
 from gossamer.io import export_onnx
+from gossamer.layers import Block
+from gossamer.mixers import create_mixer
 from gossamer.models import create_model
-from gossamer.shrink.base import Unsupported, run_pass
+from gossamer.shrink.base import run_pass
 from gossamer.shrink.masks import members
 from gossamer.shrink.passes.sparse_optimizer import block_matrices, density, slice_dead
+from gossamer.train.moreau_yosida import MoreauYosida
 from shrink.loading import same_after_loading
+from shrink.refusals import refuses
 from shrink.toys import digits, encoder, learned, texts, vision
 
 
@@ -49,6 +53,35 @@ def test_weights_are_exactly_zero_to_the_wanted_share_at_little_loss(trained, sp
     assert before > 0.85
     assert after > before - 0.02
     assert calibration.score(magnitude_pruned(model, 0.3)) < after - 0.02
+
+
+def test_the_dense_model_trained_as_many_steps_is_hardly_better(trained, sparse):
+    calibration, model = trained
+    dense = copy.deepcopy(model)
+    calibration.trainer(dense, lr=3e-3, ema=0.0).train(steps=120, schedule="linear")
+    assert calibration.score(sparse[0]) > calibration.score(dense.eval()) - 0.02
+    assert calibration.score(magnitude_pruned(dense, 0.3)) < calibration.score(sparse[0])
+
+
+@pytest.mark.parametrize("weights", ["plain", "reweighted"])
+def test_exact_zeros_of_a_transformer_grow_with_the_penalty(weights):
+    calibration, shares = texts(), []
+    for shrink in (0.0, 0.01, 0.03, 0.1):
+        net = encoder()
+
+        def optimiser(model, settings, shrink=shrink):
+            inner = list(block_matrices(model).values())
+            others = [p for p in model.parameters() if all(p is not q for q in inner)]
+            groups = [{"params": inner, "shrink": shrink}, {"params": others}]
+            return MoreauYosida(torch.optim.AdamW(groups, lr=settings.lr), weights=weights)
+
+        calibration.trainer(net, lr=3e-3, ema=0.0, optimiser=optimiser).train(steps=30, schedule="linear")
+        values = torch.cat([w.detach().flatten() for w in block_matrices(net).values()])
+        shares.append(float((values == 0).float().mean()))
+        assert float((values[values != 0].abs() < 1e-8).float().mean()) < 1e-3  # zeros, not small numbers
+    assert shares[0] == 0
+    assert shares == sorted(shares)
+    assert shares[-1] > shares[1] > 0
 
 
 def test_only_matrices_of_the_blocks_have_zeros(sparse):
@@ -132,13 +165,20 @@ def test_keep_all_changes_nothing(trained):
     assert torch.equal(shrunk(x), model(x))
 
 
-def test_a_model_without_blocks_is_refused_untouched():
-    model = nn.Sequential(nn.Linear(4, 4))
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(Unsupported, match="no residual blocks"):
-        run_pass("sparse_optimizer", model, digits())
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert not hasattr(model, "recipe")
+@pytest.mark.parametrize(
+    ("model", "unit", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, 4)), "weights", "Sequential has no residual blocks of ours"),
+        (nn.Sequential(Block(4, create_mixer("pool", 4), None)), "weights", "blocks of Sequential have no linear"),
+        (
+            nn.Sequential(Block(4, create_mixer("pool", 4), nn.Sequential(nn.Linear(4, 4)))),
+            "members",
+            "no part of Sequential states a pruning rule for heads",
+        ),
+    ],
+)
+def test_a_model_without_matrices_or_members_in_blocks_is_refused_untouched(model, unit, message):
+    refuses("sparse_optimizer", model, digits(), message, (torch.randn(2, 5, 4),), unit=unit)
 
 
 @pytest.mark.parametrize(

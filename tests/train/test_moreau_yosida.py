@@ -9,19 +9,21 @@ from gossamer.train.moreau_yosida import MoreauYosida, envelope, group_norms, pr
 KINDS = [("l1", 1), ("l0", 1), ("rows", 1), ("rows", 2), ("columns", 3), ("blocks", 2)]
 
 
+def parts(shape, penalty, size):
+    """The places of each group."""
+    rows, columns = shape
+    high = {"rows": size, "columns": rows, "blocks": size}.get(penalty, 1)
+    wide = {"rows": columns, "columns": size, "blocks": size}.get(penalty, 1)
+    return [(slice(i, i + high), slice(j, j + wide)) for i in range(0, rows, high) for j in range(0, columns, wide)]
+
+
 def objective(u, v, t, penalty, size):
     """`Omega(u) + ||u - v||^2 / (2 t)` of each candidate along the first axis, written out group by group."""
     total = (u - v).square().sum((1, 2)) / (2 * t)
-    if penalty == "l1":
-        return total + u.abs().sum((1, 2))
     if penalty == "l0":
         return total + (u != 0).sum((1, 2))
-    rows, columns = v.shape
-    high = {"rows": size, "columns": rows, "blocks": size}[penalty]
-    wide = {"rows": columns, "columns": size, "blocks": size}[penalty]
-    for i in range(0, rows, high):
-        for j in range(0, columns, wide):
-            total = total + u[:, i : i + high, j : j + wide].square().sum((1, 2)).sqrt()
+    for i, j in parts(v.shape, penalty, size):
+        total = total + u[:, i, j].square().sum((1, 2)).sqrt()
     return total
 
 
@@ -37,11 +39,20 @@ def test_no_point_around_the_proximal_map_is_better_and_it_is_the_numeric_minimu
     some = torch.where(torch.rand(2000, 4, 6) < 0.3, 0.0, near[:2000])
     tried = torch.cat((near, some, torch.zeros(1, 4, 6), v[None], u * torch.linspace(0, 2, 999)[:, None, None]))
     assert objective(tried, v, t, penalty, size).min() >= best - 1e-9
-    if penalty == "l1":  # one axis at a time, on a fine grid
-        grid = torch.linspace(-4, 4, 800001, dtype=torch.double)
-        for value, mapped in zip(v.flatten()[:6], u.flatten()[:6], strict=True):
-            numeric = grid[(grid.abs() + (grid - value) ** 2 / (2 * t)).argmin()]
-            assert abs(numeric - mapped) < 6e-6
+    for i, j in parts(v.shape, penalty, size):
+        # Of all points as long as each other, the one in the direction of v is nearest to v: only the length is open.
+        group = v[i, j].flatten()
+
+        def value(s, group=group):
+            return float((s * group).norm() + ((s - 1) * group).square().sum() / (2 * t))
+
+        low, high = -1.0, 2.0
+        for _ in range(100):
+            third = (high - low) / 3
+            low, high = (low, high - third) if value(low + third) < value(high - third) else (low + third, high)
+        if penalty == "l0":  # not convex: all or nothing
+            low = high = float(bool(group.square().sum() / (2 * t) > 1))
+        torch.testing.assert_close(u[i, j].flatten(), (low + high) / 2 * group, atol=1e-6, rtol=0)
     assert (u == 0).any()
     assert (u != 0).any()
 

@@ -40,13 +40,17 @@ RATE = 0.05
 
 
 class Decoding(NamedTuple):
-    """What a block remembers between tokens: keys and values, whose they are, places taken in this window, position."""
+    """What a block remembers between tokens: keys and values, whose they are, places taken in this window, position.
+
+    Behind a prompt whose targets were named, no token is `routed` any more.
+    """
 
     keys: Tensor
     values: Tensor
     real: Tensor
     taken: Tensor
     position: int
+    routed: bool = True
 
 
 class DepthBlock(nn.Module):
@@ -221,6 +225,24 @@ class DepthBlock(nn.Module):
         nothing = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         return Decoding(keys, values, nothing, torch.zeros(batch, dtype=torch.long, device=device), 0)
 
+    def prefill(
+        self, x: Float[Tensor, "b n c"], targets: Bool[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "b n c"], Decoding]:
+        """A prompt without padding, and the state to go on from by `step`: keys of the tokens that were worked on.
+
+        Args:
+            targets: tokens that may be passed by; those that come behind the prompt are none.
+        """
+        y, _, _ = self(x, targets=targets)
+        if self.keep == 1:
+            index, real = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]), None
+        else:
+            index, real = self._ranked(self.router(x)[..., 0], None, targets, free=False)
+        _, k, v = self._turned(ops.take(x, index), index - torch.arange(index.shape[1], device=x.device))
+        state = self.initial_state(len(x), x.device, x.dtype)
+        real = torch.ones_like(index, dtype=torch.bool) if real is None else real
+        return y, state._replace(keys=k, values=v, real=real, position=x.shape[1], routed=False)
+
     def step(self, x_t: Float[Tensor, "b c"], state: Decoding) -> tuple[Float[Tensor, "b c"], Decoding]:
         """One position: equal to the full pass there. A token that no sample works on leaves no trace in the cache."""
         mixer = self.block.mixer
@@ -230,8 +252,10 @@ class DepthBlock(nn.Module):
         j = state.position % WINDOW
         taken = torch.zeros_like(state.taken) if j == 0 else state.taken
         worked = (taken < self.places) & ((logits >= self.threshold) | (self.places - taken >= WINDOW - j))
-        if self.keep == 1:
+        if self.keep == 1 or not state.routed:
             worked = torch.ones_like(worked)
+        if not state.routed:
+            weights = torch.ones_like(weights)
         after = state._replace(taken=taken + worked, position=state.position + 1)
         if not worked.any():
             return x_t * weights, after

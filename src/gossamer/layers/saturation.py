@@ -218,6 +218,12 @@ def check_copies(blocks: Sequence[nn.Module]) -> None:
                 f"layer {number} ({type(mixer).__name__}) must be causal and make queries, keys and values by "
                 "project(), so that skipped layers can copy them"
             )
+        state = mixer.initial_state(1)
+        if not (isinstance(state, tuple) and [getattr(s, "ndim", 0) for s in state] == [4, 4]):
+            raise ValueError(
+                f"layer {number} ({type(mixer).__name__}) must remember the keys and values themselves while decoding, "
+                "so that skipped layers can copy them; it keeps a state of them"
+            )
         widths.add((getattr(mixer, "kv_heads", mixer.heads), mixer.head_dim))
     if len(widths) > 1:
         raise ValueError(f"keys and values must be as wide in every layer to be copied, got (heads, width) {widths}")

@@ -13,6 +13,7 @@ the last epoch: blocks that rounding hurts most are pulled hardest.
 
 - distances relative to the teacher's, so that one setting serves pre-norm and post-norm networks; the soft loss is the
   task's own (for classes Hinton's, temperature included). Weights of the losses and `w_i` are reconstructions
+- in floats exactly two of every four are not zero; of those, rounding may take some to zero, so then it is two at most
 - embeddings, norms, the first product, the head and what four does not divide stay as they are; so do convolutions
 - `inputs="float"`: the kept model does not round its inputs, since the int8 form of an exported file
   (`gossamer.io.quantize_onnx`) brings a rounding of its own; `inputs="int"` keeps the learned one
@@ -81,6 +82,8 @@ def gpusq_vit(
     if inputs not in ("float", "int"):
         raise ValueError(f"inputs must be float or int, got {inputs!r}")
     check_steps(steps)
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
     pairs = bits == 4 if paired is None else paired
     layers = sparse_layers(model, calibration, paired=pairs)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)

@@ -11,7 +11,7 @@ reconstruction: no code is public, and the paper's text could not be read whole.
 - groups of equal depth, three where the depth allows
 - afterwards each interpreter keeps a fixed share t of what comes in, t solved so that the share `keep` of all tokens is
   worked on: `(t + t^2 + t^3) / 3 = keep`. `keep=None` is the paper's form, by threshold 0.5: as many tokens as each
-  sample needs, masked, which is for looking at, not for speed
+  sample needs, masked, which is for looking at, not for speed; `kept_macs` says what gathering them would cost
 - right is the true class; where answers are no class scores, an answer near the dense model's (cosine of at least 0.95)
 - the interpreters' scores are a map of what the model looks at: `heat_map`
 - epochs: one for each interpreter and one for each fine-tuning (the paper: 10, and 20 to 30), less if time is short
@@ -24,6 +24,7 @@ import time
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gossamer.layers.interpreter import (
@@ -35,6 +36,7 @@ from gossamer.layers.interpreter import (
     policy_loss,
     reward,
 )
+from gossamer.measure import macs
 from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
 from gossamer.shrink.recipe import apply, register_step
 from gossamer.shrink.recovery import check_steps, recover
@@ -43,6 +45,8 @@ from gossamer.shrink.sequences import sequence_of, wrap
 TAU = 0.5
 # Answers that are no classes are right if they point where the dense model's do.
 NEAR = 0.95
+# Samples whose tokens are counted where each keeps as many as it needs.
+REPORTED = 64
 
 
 @register_pass("ia_red2", family="token reduction", paper="ia-red2", saves=("macs",), default={"keep": 0.6})
@@ -103,6 +107,10 @@ def ia_red2(
         recover(model, calibration, steps=count, lr=lr, began=began, share=1 / (left - 1))
     for p in model.parameters():
         p.requires_grad_(True)
+    if share is None:
+        kept, spent = kept_macs(model.eval(), next(calibration.batches(REPORTED, batch_size=REPORTED, split="val"))[0])
+        told = {"tokens": kept.double().mean(0).tolist(), "macs": float(spent.mean())}
+        setattr(model, "shrink_report", {**getattr(model, "shrink_report", {}), "ia_red2": told})  # noqa: B010
     return [step]
 
 
@@ -117,6 +125,50 @@ def _interpret(model: Any, step: Step) -> None:
             return InterpretedBlock(block, judge, share=step["share"], protect=step["protect"])
 
         wrap(model, g * size, make)
+
+
+@torch.no_grad()
+def kept_macs(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Int[Tensor, "b g"], Float[Tensor, " b"]]:
+    """Tokens each sample keeps in each group, those in front included, and its multiply-adds if they were gathered.
+
+    Samples come as long as the longest one to the first interpreter; padding leaves with what it drops.
+
+    Raises:
+        ValueError: the model has no interpreters, or they keep a share: then counting the model says it.
+    """
+    stages = interpreted(model)
+    inputs = tuple(x.to(next(model.parameters()).device) for x in inputs)
+    if not stages or any(block.share is not None for block in stages):
+        raise ValueError("model must drop tokens by threshold (ia_red2 with keep=None)")
+    counts: list[Tensor] = []
+    sizes: list[int] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...], out: tuple[Tensor, Tensor, Any]) -> None:
+        sizes.append(args[0].shape[1])
+        counts.append(out[1].sum(1).cpu())
+
+    hooks = [block.register_forward_hook(note) for block in stages]
+    try:
+        model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kept, n = torch.stack(counts, 1), sizes[0]
+    spent = torch.full(kept.shape[:1], float(macs(model, tuple(x[:1] for x in inputs)).total), dtype=torch.float64)
+    size = len(model.blocks) // len(stages)
+    for g, stage in enumerate(stages):
+        if g:  # its interpreter, one product a token
+            spent -= (n - kept[:, g - 1]) * stage.interpreter.q.in_features**2
+        for block in (stage.block, *model.blocks[g * size + 1 : (g + 1) * size]):
+            one, two = (_count(block, length) for length in (n, 2 * n))
+            pair = (two - 2 * one) / (2 * n * n)  # a n + b n^2: two counts give both
+            spent -= (n - kept[:, g]) * (one / n - n * pair) + (n * n - kept[:, g] ** 2) * pair
+    return kept, spent
+
+
+def _count(block: Any, tokens: int) -> int:
+    """Multiply-adds of a block of so many tokens."""
+    return macs(copy.deepcopy(block).to("meta"), torch.empty(1, tokens, block.mixer.dim, device="meta")).total
 
 
 def solve(groups: int, keep: float) -> float:

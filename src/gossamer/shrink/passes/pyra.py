@@ -30,6 +30,7 @@ from gossamer.layers.reduce import MergingBlock
 from gossamer.shrink.base import Calibration, Step, Unsupported, check_share, register_pass
 from gossamer.shrink.passes.merging import check_schedule, mergeable, removals, wrap_blocks
 from gossamer.shrink.recipe import apply, register_step
+from gossamer.shrink.recovery import check_steps
 
 # The paper's schedules for 197 tokens (198 with a distillation token).
 PUBLISHED = {
@@ -74,6 +75,11 @@ def pyra(
     start = time.perf_counter()
     check_share("keep", keep)
     check_schedule(schedule)
+    check_steps(steps)
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop must be in [0, 1), got {drop}")
     found = mergeable(model, calibration, "pyra")
     if r is not None and (len(r) != len(found.costs) or min(r) < 0):
         raise ValueError(f"r must be {len(found.costs)} numbers (blocks) from 0 up, got {list(r)}")
