@@ -11,6 +11,10 @@ no centring.
   made part of its product before
 - `crms`: a stream of mean zero has one channel too many; the last is dropped from every writer, `V' = V[:, :-1] -
   V[:, -1:]` in every reader, and the norm is `z / sqrt((sum z^2 + (sum z)^2) / d + eps)`
+- `training` keeps every parameter: products are centred as they are read, tokens as they leave the stem, and norms
+  leave out their own centring and keep scale and shift. It is the same function of the same parameters and so learns
+  as the pre-norm model does, step by step; `rms` and `crms` join and cut parameters and learn along another way. They
+  can be made of it when it has learned
 - whether it is faster is for the speed gate to tell: runtimes have layer norm as one operation
 - the reverse (RMSNorm to LayerNorm), a remark of the paper, is not built
 """
@@ -21,6 +25,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -35,6 +40,8 @@ from gossamer.mixers.grouped_query import GroupedQueryAttention
 from gossamer.shrink.base import Calibration, Step, Unsupported, blocks_of, register_pass
 from gossamer.shrink.recipe import apply, register_step
 from gossamer.trunks import Isotropic
+
+FORMS = ("rms", "crms", "training")
 
 
 class PlainRMSNorm(nn.Module):
@@ -56,20 +63,61 @@ class PlainRMSNorm(nn.Module):
         return f"dim={self.dim}, eps={self.eps:g}, dropped={self.dropped}"
 
 
+class UncentredNorm(nn.LayerNorm):
+    """The layer norm of vectors whose mean is zero: `y = g x / sqrt(mean(x^2) + eps) + b`."""
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is None:
+            return y
+        return y * self.weight if self.bias is None else torch.addcmul(self.bias, y, self.weight)
+
+
+class CentredLinear(nn.Linear):
+    """`y = (W - mean_rows(W)) x + b - mean(b)`; W and b are what learns."""
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b o"]:
+        bias = None if self.bias is None else self.bias - self.bias.mean()
+        return F.linear(x, self.weight - self.weight.mean(0), bias)
+
+
+class _CentredTokens:
+    """A stem whose tokens leave it with mean zero."""
+
+    def forward(self, x: Any) -> tuple[Tensor, Any]:
+        tokens, mask = super().forward(x)  # type: ignore[misc]
+        return tokens - tokens.mean(-1, keepdim=True), mask
+
+
+class CentredTokenStem(_CentredTokens, TokenStem):
+    pass
+
+
+class CentredTextStem(_CentredTokens, TextStem):
+    pass
+
+
+class CentredWordStem(_CentredTokens, WordStem):
+    pass
+
+
+STEMS: dict[type, type] = {TokenStem: CentredTokenStem, TextStem: CentredTextStem, WordStem: CentredWordStem}
+
+
 @register_pass("pre_rmsnorm", family="exact rewrite", paper="pre-rmsnorm", saves=("params",))
 def pre_rmsnorm(model: nn.Module, calibration: Calibration | None = None, *, form: str = "rms") -> list[Step]:
     """Replaces the layer norms of a pre-norm model by RMS norms, its answers unchanged.
 
     Args:
-        form: `rms` keeps the width, `crms` drops one channel of the stream.
+        form: `rms` keeps the width, `crms` drops one channel of the stream, `training` keeps all parameters.
 
     Raises:
         Unsupported: not a pre-norm model with layer norms, or a stem or head that is not known to be linear.
         ValueError: an unknown form.
     """
-    if form not in ("rms", "crms"):
-        raise ValueError(f"form must be rms or crms, got {form!r}")
-    _check(model)
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+    _check(model, form)
     dropping = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
     if dropping:
         warnings.warn(
@@ -82,7 +130,7 @@ def pre_rmsnorm(model: nn.Module, calibration: Calibration | None = None, *, for
     return [step]
 
 
-def _check(model: Any) -> None:
+def _check(model: Any, form: str) -> None:
     if not isinstance(model, Isotropic):
         raise Unsupported(f"{type(model).__name__} is no isotropic model: its stream changes width")
     norms = [("norm", model.norm)]
@@ -92,16 +140,19 @@ def _check(model: Any) -> None:
                 f"{name} is {block.residual}-norm; only pre-norm models have no use for the mean of the stream"
             )
         norms += [(f"{name}.norm1", block.norm1), (f"{name}.norm2", block.norm2)]
+        if form == "training" and block.scale1 is not None:
+            raise Unsupported(f"{name}.scale1 is learned behind the products that would be centred")
         readers = dict(_readers(block))
         if not readers.get("norm1") or not readers.get("norm2"):
             raise Unsupported(f"{name}: what reads its norms ({type(block.mixer).__name__}) is not known to be linear")
         for writer in _writers(block):
-            if not isinstance(writer, nn.Linear):
+            if not isinstance(writer, nn.Linear) or (form == "training" and type(writer) is not nn.Linear):
                 raise Unsupported(f"{name}: what writes into the stream is a {type(writer).__name__}, not linear")
     for name, norm in norms:
-        if type(norm) is not nn.LayerNorm:
+        if type(norm) is not nn.LayerNorm and (form == "training" or type(norm) is not UncentredNorm):
             raise Unsupported(f"{name} is a {type(norm).__name__}, not a LayerNorm")
-    if not isinstance(model.stem, TokenStem | TextStem | WordStem) or getattr(model.stem, "norm", None) is not None:
+    known = type(model.stem) in STEMS if form == "training" else isinstance(model.stem, TokenStem | TextStem | WordStem)
+    if not known or getattr(model.stem, "norm", None) is not None:
         raise Unsupported(f"stem ({type(model.stem).__name__}) does not end in sums of linear maps")
     if isinstance(model.stem, TokenStem) and getattr(model.stem.embed, "norm", None) is not None:
         raise Unsupported("stem: its patches are normalised, which is not linear")
@@ -133,8 +184,12 @@ def _head_readers(head: nn.Module) -> list[nn.Linear]:
 @register_step("pre_rmsnorm")
 @torch.no_grad()
 def _convert(model: Any, step: Step) -> None:
-    _check(model)
-    drop = step["form"] == "crms"
+    form = step["form"]
+    _check(model, form)
+    if form == "training":
+        _centre_when_read(model)
+        return
+    drop = form == "crms"
     for reader in _head_readers(model.head):
         reader.weight = nn.Parameter(reader.weight.clone())  # a head may share its weight with the words
         _take_affine(reader, model.norm)
@@ -148,6 +203,8 @@ def _convert(model: Any, step: Step) -> None:
             setattr(block, name, _plain(getattr(block, name), drop))
         for writer, scale in zip(_writers(block), ("scale1", "scale2"), strict=True):
             assert isinstance(writer, nn.Linear)
+            if type(writer) is CentredLinear:
+                writer.__class__ = nn.Linear
             gain = getattr(block, scale)
             if gain is not None:
                 writer.weight = nn.Parameter(writer.weight * gain[:, None])
@@ -157,6 +214,20 @@ def _convert(model: Any, step: Step) -> None:
             writer.bias = None if writer.bias is None else nn.Parameter(_centred(writer.bias, 0, drop))
             writer.out_features = len(writer.weight)
     _centre_stem(model.stem, drop)
+    model.stem.__class__ = next(
+        (plain for plain, centred in STEMS.items() if type(model.stem) is centred), type(model.stem)
+    )
+
+
+def _centre_when_read(model: Any) -> None:
+    norms = [model.norm]
+    for _, block in blocks_of(model):
+        norms += [block.norm1, block.norm2]
+        for writer in _writers(block):
+            writer.__class__ = CentredLinear
+    for norm in norms:
+        norm.__class__ = UncentredNorm
+    model.stem.__class__ = STEMS[type(model.stem)]
 
 
 def _centre_stem(stem: Any, drop: bool) -> None:
