@@ -9,8 +9,21 @@ from pathlib import Path
 
 from torch import nn
 
+from gossamer import catalogue
 from gossamer.io import save_weights, write_json
 from gossamer.models.registry import config_of
+
+
+def built_by_name(model: nn.Module) -> bool:
+    """Whether `create_model` can build this model again; a module's own `config` may be anything else."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+        return False
+    try:
+        catalogue.find(config["name"])
+    except ValueError:
+        return False
+    return True
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -23,7 +36,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         ValueError: the model was neither made by `create_model` nor shrunk, so there is no way to build it again.
     """
     folder = Path(folder)
-    if isinstance(getattr(model, "config", None), dict) or not hasattr(model, "recipe"):
+    if built_by_name(model) or not hasattr(model, "recipe"):
         write_json(folder / "config.json", config_of(model))
     write_json(folder / "recipe.json", getattr(model, "recipe", []))
     save_weights(model.state_dict(), folder / "model.safetensors")

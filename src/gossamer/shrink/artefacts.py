@@ -57,6 +57,12 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Point:
+        """What `to_dict` gave, after JSON: no number is null there."""
+        val = math.nan if values["val"] is None else values["val"]
+        return cls(**{**values, "val": val, "interval": tuple(values["interval"])})
+
 
 class Workshop:
     """Makes and measures the files of trained models.
@@ -102,6 +108,8 @@ class Workshop:
         point.certificate = certificate.to_dict()
         if not certificate.passed:
             point.status, point.why = "rolled back", f"export certificate failed: {certificate.reason}"
+        elif not math.isfinite(point.val):
+            point.status, point.why = "rolled back", "its answers are no numbers"
         self.points.append(point)
         return point
 
@@ -117,7 +125,8 @@ class Workshop:
         source = Path(base.file)
         path = source.with_name(f"{base.name}-{form}.onnx".replace(" ", "-"))
         index = torch.linspace(0, len(self.data.train) - 1, min(CALIBRATION, len(self.data.train))).long()
-        batches = [self.task.batch(self.data.train, part, train=False)[0] for part in index.split(32)]
+        size = ExportedModel(source).batch or 32
+        batches = [self.task.batch(self.data.train, part, train=False)[0] for part in index.split(size)]
         feeds = list(calibration_feeds(source, batches))
         tried: list[tuple[float, str, Path]] = []
         reasons = []
@@ -160,7 +169,9 @@ class Workshop:
             point.certificate["sensitivity"] = sensitive
         verdict = self.gate(base, point, "int8")
         point.why = verdict.why
-        if not verdict.passed:
+        if not math.isfinite(point.val):
+            point.status, point.why = "rolled back", "its answers are no numbers"
+        elif not verdict.passed:
             point.status = "rolled back"
         self.points.append(point)
         return point
@@ -209,15 +220,28 @@ class Workshop:
 
 
 class ExportedModel(nn.Module):
-    """An exported file behind a module's call, so that files and models are evaluated by the same code."""
+    """An exported file behind a module's call, so that files and models are evaluated by the same code.
+
+    A file of one batch size (`batch`; None where it is free) is run as often as need be.
+    """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.session = onnx_session(path)
         self.names = [node.name for node in self.session.get_inputs()]
         self.nothing = nn.Parameter(torch.zeros(0))
+        first = self.session.get_inputs()[0].shape[0]
+        self.batch = first if isinstance(first, int) else None
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        count, size = len(inputs[0]), self.batch or len(inputs[0])
+        if count == size:
+            return self._run(inputs)
+        # The last part is filled up with what it ends in.
+        index = torch.arange(-(-count // size) * size).clamp(max=count - 1)
+        return torch.cat([self._run(tuple(x[part] for x in inputs)) for part in index.split(size)])[:count]
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         feed = {f"input_{i}": x.numpy() for i, x in enumerate(inputs) if f"input_{i}" in self.names}
         return torch.from_numpy(self.session.run(None, feed)[0])
 

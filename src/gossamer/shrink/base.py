@@ -13,7 +13,7 @@ import copy
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -190,6 +190,18 @@ class Calibration:
         return Trainer(model, self.task, self.data, chosen, teacher=teacher, objective=objective, optimiser=optimiser)
 
 
+def check_settings(name: str, settings: Iterable[str]) -> ShrinkPass:
+    """The pass `name`, if it has all of these settings.
+
+    Raises:
+        ValueError: there is no such pass, or a setting it does not have.
+    """
+    chosen = find_pass(name)
+    if unknown := sorted(set(settings) - set(chosen.settings)):
+        raise ValueError(f"pass {name} has no setting {', '.join(unknown)}; it has {', '.join(chosen.settings)}")
+    return chosen
+
+
 def run_pass(name: str, model: nn.Module, calibration: Calibration, **settings: Any) -> tuple[nn.Module, list[Step]]:
     """A copy of `model` shrunk by the pass `name`, its steps noted in the copy's `recipe`, and the steps.
 
@@ -197,10 +209,7 @@ def run_pass(name: str, model: nn.Module, calibration: Calibration, **settings: 
         Unsupported: the pass cannot handle this model.
         ValueError: no such pass or setting.
     """
-    chosen = find_pass(name)
-    unknown = sorted(set(settings) - set(chosen.settings))
-    if unknown:
-        raise ValueError(f"pass {name} has no setting {', '.join(unknown)}; it has {', '.join(chosen.settings)}")
+    chosen = check_settings(name, settings)
     shrunk = copy.deepcopy(model)
     before = list(getattr(shrunk, "recipe", []))
     steps = chosen.run(shrunk, calibration, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 BUDGET_UNITS = {"latency": "ms", "memory": "MiB", "size": "MB", "params": "", "macs": ""}
@@ -12,7 +13,7 @@ def check_budget(budget: Mapping[str, float]) -> None:
     for name, value in budget.items():
         if name not in BUDGET_UNITS:
             raise ValueError(f"budget must name {', '.join(BUDGET_UNITS)}; got {name!r}")
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"budget {name} must be positive, got {value}")
 
 

@@ -25,9 +25,9 @@ from gossamer.measure import device_info, macs, parameters
 from gossamer.measure.parameters import weight_bytes
 from gossamer.measure.roofline import Roofline, Work
 from gossamer.shrink.artefacts import calibration_feeds, export_quickly, file_cost
-from gossamer.shrink.base import Calibration, Unsupported, passes, run_pass
+from gossamer.shrink.base import Calibration, passes, run_pass
 from gossamer.shrink.options import ShrinkOptions
-from gossamer.shrink.subject import Subject, open_subject, read_for
+from gossamer.shrink.subject import Subject, check_answers, open_subject, read_for
 from gossamer.tasks import create_task
 
 KEEP = 0.6  # strength of a probe where the budget names none
@@ -104,8 +104,9 @@ def explain(options: ShrinkOptions) -> Advice:
         ValueError: model or data cannot be used or do not fit each other.
     """
     subject = open_subject(options.model, options.weights)
-    data = read_for(subject, options.data, task=options.task, seed=options.seed, options=options.options)
+    data = read_for(subject, str(options.data), task=options.task, seed=options.seed, options=options.options)
     task = create_task(data.task, data.spec, data.meta)
+    check_answers(subject, task, data)
     calibration = Calibration(task, data, seconds=60, seed=options.seed)
     one = calibration.example()
     with tempfile.TemporaryDirectory() as folder:
@@ -122,8 +123,8 @@ def explain(options: ShrinkOptions) -> Advice:
                 model, steps = run_pass(name, subject.model, calibration, **settings)
                 after = before.of(model)
                 measured[name] = {k: after[k] / base[k] for k in base} if steps else "it finds nothing to change"
-            except (Unsupported, RuntimeError) as error:
-                measured[name] = str(error).splitlines()[0]
+            except Exception as error:  # the module may be anybody's, and break in any way
+                measured[name] = next(iter(str(error).splitlines()), type(error).__name__)
     rows = [_judge(t, measured, facts, shares) for t in techniques()]
     order = {verdict: i for i, verdict in enumerate(VERDICTS)}
     rows.sort(key=lambda r: (order[r.verdict], not r.enough, r.expected.get("latency", 9.0), r.family))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gossamer.shrink.budget import BUDGET_UNITS, check_budget, over_budget
 from gossamer.shrink.recipe import check_recipe
+
+MOST_NOTES = 3
 
 
 @dataclass
@@ -36,8 +40,8 @@ class ShrinkOptions:
         quiet: show no progress.
     """
 
-    model: str | nn.Module
-    data: str
+    model: str | Path | nn.Module
+    data: str | Path
     budget: dict[str, float] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     task: str | None = None
@@ -50,6 +54,12 @@ class ShrinkOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, str | Path | nn.Module):
+            raise ValueError(f"model must be a folder, a name or a torch module, got a {type(self.model).__name__}")
+        if not isinstance(self.data, str | Path):
+            raise ValueError(f"data must be a file, a folder or a name, got a {type(self.data).__name__}")
+        self.model = str(self.model) if isinstance(self.model, Path) else self.model
+        self.data = str(self.data)
         check_budget(self.budget)
         check_budget(self.shares)
         for name, share in self.shares.items():
@@ -57,7 +67,7 @@ class ShrinkOptions:
                 raise ValueError(f"budget {name} must be at most 100 % of what the model has, got {share:.0%}")
             if name in self.budget:
                 raise ValueError(f"budget gives {name} twice, as a figure and as a share")
-        if self.seconds < 20:
+        if not 20 <= self.seconds < math.inf:
             raise ValueError(f"time must be at least 20s, got {self.seconds:g}s")
         if self.recipe is not None:
             self.recipe = check_recipe(self.recipe)
@@ -67,6 +77,7 @@ class ShrinkOptions:
         return {
             "command": "shrink",
             "model": self.model if isinstance(self.model, str) else type(self.model).__name__,
+            "model_weights": _digest(self.model),
             "data": self.data,
             "task": self.task,
             "budget": self.budget,
@@ -113,6 +124,11 @@ class ShrinkResult:
         cost = {k: v for k, v in winner["cost"].items() if v and before["cost"].get(k)}
         shares = ", ".join(f"{k} {cost[k] / before['cost'][k]:.0%}" for k in cost)
         lines += [f"left     {shares}", f"passes   {passes} ({winner['form']})"]
+        lines += [f"left out {line}" for line in r.get("left_out", ())]
+        problems = r["data"]["problems"]
+        lines += [f"note     {line}" for line in problems[:MOST_NOTES]]
+        if len(problems) > MOST_NOTES:
+            lines.append(f"note     {len(problems) - MOST_NOTES} more about the data are in the report")
         if not r["meets_budget"]:
             lines.append(f"budget   NOT met: {over_budget(winner['cost'], r['budget'])}")
         lines += [
@@ -121,6 +137,23 @@ class ShrinkResult:
             f'use it   gossamer predict {self.folder} INPUT…, gossamer.load("{self.folder}")',
         ]
         return "\n".join(lines)
+
+
+def _digest(model: str | Path | nn.Module) -> str:
+    """A hash of the weights: a model trained further under the same name is another one."""
+    found = hashlib.blake2b(digest_size=8)
+    if isinstance(model, nn.Module):
+        for name, value in model.state_dict().items():
+            if isinstance(value, Tensor):
+                found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    else:
+        files = [p for at in (Path(model), Path(model) / "model") if at.is_dir() for p in sorted(at.iterdir())]
+        for path in files:
+            if path.suffix in (".safetensors", ".bin"):
+                with open(path, "rb") as file:
+                    found.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
+    return found.hexdigest()
 
 
 def _line(word: str, point: dict[str, Any], test: float, metric: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,8 @@ def load(source: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         model: for one that was not made by `create_model`: the module as its own code builds it, before shrinking. It
-            is copied, the recipe is replayed on the copy and the weights are loaded into it.
+            is copied, the recipe is replayed on the copy (what its own `recipe` has of it already is not done again)
+            and the weights are loaded into it.
 
     Raises:
         ValueError: it is none of these, or the files do not belong together.
@@ -73,11 +75,19 @@ def load(source: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise ValueError(
                 f"{folder} holds weights of a module of your own; give load(folder, model=…) as you built it"
             )
-        model = create_model(**read_json(folder / "config.json"))
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+            raise ValueError(f"{folder / 'config.json'} names no model of Gossamer; it must hold name and overrides")
+        model = create_model(**config)
     recipe = folder / "recipe.json"
     if recipe.exists():
-        replay(model, read_json(recipe))
-    model.load_state_dict(load_weights(folder / "model.safetensors"))
+        steps, done = read_json(recipe), json.loads(json.dumps(getattr(model, "recipe", [])))
+        replay(model, steps[len(done) :] if steps[: len(done)] == done else steps)
+    try:
+        model.load_state_dict(load_weights(folder / "model.safetensors"))
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{folder}: the weights do not fit the model that config and recipe make: {words}") from error
     return model.eval()
 
 

@@ -32,6 +32,8 @@ def _front(results: dict[str, Any]) -> Any:
             axis.plot(trial["cost"]["latency"], trial["val"], "o", color="#b9bfc7", ms=4, zorder=1)
     labels = []
     for p in results["points"]:
+        if p["val"] is None:
+            continue
         x, (low, high) = p["cost"]["latency"], p["interval"]
         winner, first = p["status"] == "winner", p["name"] == "as it came"
         colour = "#c8553d" if winner else "#b9bfc7" if p["status"] == "rolled back" else "#1f5fa8"
