@@ -129,6 +129,8 @@ def test_integers_answer_as_their_simulation_and_near_the_model(kind, trained):
         step = float(other.head.quantum)
         # A tie that falls to the other side may move an answer by a few of 2^16 steps.
         assert (whole - simulated).abs().max() <= 64 * step
+        # What is labelled is labelled alike by integers and simulation.
+        assert torch.equal(whole.argmax(-1), simulated.argmax(-1))
         assert (whole - model(*batches[0])).abs().max() < 0.15 * model(*batches[0]).abs().max()
         assert not torch.equal(whole.float(), model(*batches[0]))
 

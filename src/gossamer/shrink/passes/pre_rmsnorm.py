@@ -204,7 +204,7 @@ def _convert(model: Any, step: Step) -> None:
         for writer, scale in zip(_writers(block), ("scale1", "scale2"), strict=True):
             assert isinstance(writer, nn.Linear)
             if type(writer) is CentredLinear:
-                writer.__class__ = nn.Linear
+                object.__setattr__(writer, "__class__", nn.Linear)
             gain = getattr(block, scale)
             if gain is not None:
                 writer.weight = nn.Parameter(writer.weight * gain[:, None])
