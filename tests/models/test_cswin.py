@@ -48,9 +48,23 @@ def test_every_official_checkpoint_of_cswin_fits() -> None:
         manifest_fits("cswin", name)
 
 
-@pytest.mark.parametrize("name", ["cswin_t", "cswin_s", "cswin_b"])
+@pytest.mark.parametrize("name", ["cswin_t", "cswin_s", "cswin_b", "cswin_b_384"])
 def test_cswin_costs_what_is_published(name: str) -> None:
     costs_are_published(name)
+
+
+def test_what_is_printed_for_cswin_l_is_one_network_in_parameters_and_another_in_macs() -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in create_model("cswin_l").parameters()) / 1e6 == pytest.approx(173.26, rel=0.001)
+        for side, name, counted, printed in ((224, "cswin_l", 33.13, 31.5), (384, "cswin_l_384", 101.8, 96.8)):
+            image = torch.empty(1, 3, side, side)
+            one, two = (
+                measure.macs(create_model(name, depths=(2, 4, depth, 2)).eval(), (image,)).total / 1e9
+                for depth in (1, 2)
+            )
+            # Each further block of the third stage costs the same.
+            assert one + 31 * (two - one) == pytest.approx(counted, rel=0.005)
+            assert one + 29 * (two - one) == pytest.approx(printed, rel=0.005)
 
 
 def plain(mixer, x: torch.Tensor, *, lepe: bool = True) -> torch.Tensor:
