@@ -40,6 +40,12 @@ def test_costs_are_those_published(name: str) -> None:
     costs_are_published(name, params=0.01, macs=0.01)
 
 
+def test_mobilenetv2_has_the_parameters_that_the_authors_has() -> None:
+    with torch.device("meta"):
+        model = create_model("mobilenetv2_dct24")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(3.504, rel=0.001)
+
+
 @pytest.mark.parametrize("count", [n for n in SUBSETS if n != 192])
 def test_subsets_hold_as_many_channels_as_they_say_and_low_frequencies_first(count: int) -> None:
     luma, chroma = SUBSETS[count]

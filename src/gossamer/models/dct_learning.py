@@ -8,9 +8,12 @@ Source: Xu et al. 2020, "Learning in the Frequency Domain".
   training and the likelier side after it; `gate.share` is what a loss adds to make channels close
 - two inputs: coefficients `(b, channels, h / 8, w / 8)`, as in the paper, or (`pixels=True`) images, transformed and
   normalised inside; statistics are measured in training, and images a block does not divide are filled up with zeros
-- libjpeg's quality 100 rounds coefficients; here nothing is rounded
+- libjpeg's quality 100 rounds coefficients; here nothing is rounded. Sides are multiples of 8, not of 16: chroma is
+  that of the image at twice its size, so that its half resolution has whole blocks too
 - the described ResNet halves its maps in three stages (56, 28, 14, 7, 3.9 GMACs); the released code's does not in the
   second (56, 56, 28, 14, 13.5 GMACs): `released=True`, for which the released weights were trained
+- tiny images are not what it is for: of 32x32 pixels, 24 channels teach a small network less than the mean-reduced RGB
+  image of as many numbers (CIFAR-10, 4,000 images: 41 % against 45 % with blocks of 8, 46 % against 48 % with 4)
 - the authors' gate is not in their released file, so its names come from the paper's description
 - ResNet-50 and MobileNetV2 on RGB are the paper's baselines
 """
