@@ -6,6 +6,8 @@ pyramid is that of Wang et al. 2021, "PVTv2: Improved Baselines with Pyramid Vis
 - no class token and no positions but those that the convolution in the MLP tells; a norm at the end of every stage
 - written from the description of the method; its outputs are those of the authors' code, which has no licence
 - `pool="official"` averages keys as the released weights know it; see `gossamer.mixers.factorized`
+- of maps of 16x16 tokens its attention learns as much as spatial reduction (PVT) of the same cost; of maps of 8x8,
+  which its tiles hardly divide, less
 - any image: maps too small for reflection are padded by their border, where the authors' code stops
 """
 
