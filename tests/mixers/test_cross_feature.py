@@ -46,9 +46,9 @@ def test_outputs_are_bounded_by_the_values_without_a_softmax() -> None:
             # Lengths over the tokens: a channel of queries meets eight channels of keys, all of length one.
             assert bool((y.norm(dim=1) <= 8 * v.norm(dim=1) * 1.0001).all())
             # Unnormalised queries and keys would not keep it.
-            q, k = mixer.qkv(x)[..., :48].chunk(2, -1)
             if power == 3:
-                assert bool(((q[..., :8] @ (k[..., :8].mT @ v[..., :8])).norm(dim=1) > 8 * v[..., :8].norm(dim=1)).all())
+                q, k, v = (t[..., :8] for t in mixer.qkv(x).chunk(3, -1))
+                assert bool(((q @ (k.mT @ v)).norm(dim=1) > 8 * v.norm(dim=1)).all())
     torch.testing.assert_close(unit(torch.randn(2, 3, 9, 8)).norm(dim=2), torch.ones(2, 3, 8))
 
 

@@ -32,7 +32,7 @@ def test_duoformer_equals_the_fork(dtype: torch.dtype, tolerance: float) -> None
     y = model(x)
     grad_x, grad_w = torch.autograd.grad(probe(y), [x, model.local[0].mixer.proj.weight])
     for ours, name in ((y, "output0"), (grad_x[:, :, ::16, ::16], "grad_input"), (grad_w, "grad_weight")):
-        # Of the largest entry: the image's gradient is small. In single precision it flips where a ReLU is near its kink.
+        # Of the largest entry: the image's gradient is small. In single precision a ReLU near its kink may flip it.
         flips = 30 if name == "grad_input" and dtype == torch.float32 else 1
         atol = flips * tolerance * float(saved[name].abs().max())
         torch.testing.assert_close(ours, saved[name].to(dtype), rtol=0, atol=atol)
@@ -286,7 +286,7 @@ def test_two_scales_tell_apart_what_the_coarsest_map_cannot() -> None:
 
 
 def digits_known(scales: int, seed: int = 0) -> float:
-    """Share of unseen digits told right after four passes over 1,500; a small random network in front is not trained."""
+    """Share of unseen digits told right after four passes over 1,500; the random network in front is not trained."""
     torch.manual_seed(seed)
     small = {"backbone": ("basic", (1, 1)), "width": 2, "stem_stride": 2, "dim": 32, "depth": 2, "heads": 2}
     model = create_model("duoformer", **small, scales=2, init_std=None, img_size=8, num_classes=10)

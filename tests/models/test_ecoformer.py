@@ -91,7 +91,8 @@ def test_the_hash_is_trained_as_by_the_authors() -> None:
 def photograph(heads: int, width: int) -> Tensor:
     """Normalised tokens of four pieces of a photograph: patches of 8x8 pixels under random products."""
     image = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1) / 255
-    pieces = torch.stack([image[:, y : y + 64, x : x + 64] for y, x in ((100, 100), (200, 300), (300, 100), (150, 450))])
+    corners = ((100, 100), (200, 300), (300, 100), (150, 450))
+    pieces = torch.stack([image[:, y : y + 64, x : x + 64] for y, x in corners])
     patches = F.unfold(pieces, 8, stride=8).mT
     patches = patches - patches.mean((0, 1))
     return F.normalize(split_heads(patches @ torch.randn(192, heads * width), heads), dim=-1)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
 
 from gossamer import catalogue, measure
 from gossamer.io import export_onnx
@@ -85,6 +87,44 @@ def test_plain_attention_takes_the_place_of_cross_features() -> None:
         outputs.append(model(x))
         assert [m.shape for m in model.features(x)] == [(2, 8, 10, 8), (2, 4, 5, 16)]
     assert len({tuple(y[0].tolist()) for y in outputs}) == 4
+
+
+def far_digits_known(fused: bool, seed: int = 0) -> tuple[float, float]:
+    """Loss and share of right answers to "are the two digits, a zero or a one each, alike?", after 90 steps."""
+    torch.manual_seed(seed)
+    settings = {**TINY, "stem_widths": (8,), "stem_strides": (2,), "heads": 2, "last": 48, "num_classes": 2}
+    # Without fuse blocks, inverted residuals in their place that have more parameters.
+    settings |= {"depths": (0, 2), "mobile": (1, 0)} if fused else {"depths": (0, 0), "mobile": (1, 4)}
+    model = create_model("xformer", **settings, in_chans=1, init_std=None, img_size=(8, 40))
+    assert sum(p.numel() for p in model.parameters()) == (19702 if fused else 24474)
+    digits = load_digits(n_class=2)
+    images = torch.tensor(digits.images, dtype=torch.float32) / 8 - 1
+    kinds = torch.tensor(digits.target)
+
+    def pairs(n: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = torch.randint(first, last, (2, n))
+        x = -torch.ones(n, 1, 8, 40)
+        x[:, 0, :, :8], x[:, 0, :, -8:] = images[left], images[right]
+        return x, (kinds[left] == kinds[right]).long()
+
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(90):
+        x, y = pairs(50, 0, 280)
+        loss = F.cross_entropy(model(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    x, y = pairs(300, 280, 360)
+    with torch.no_grad():
+        return sum(losses[-10:]) / 10, float((model.eval()(x).argmax(1) == y).float().mean())
+
+
+def test_fuse_blocks_learn_whether_two_far_digits_are_alike_sooner_than_convolutions_alone() -> None:
+    (fused, right), (alone, _) = far_digits_known(True), far_digits_known(False)
+    assert right > 0.93
+    assert fused < alone / 1.5
 
 
 def test_what_does_not_fit_is_refused() -> None:
