@@ -1,16 +1,18 @@
-"""SLAB: equal to the authors' code on three bases, norms fade as scheduled and fold away, attention is linear."""
+"""SLAB: equal to the authors' code on five bases, norms fade as scheduled and fold away, attention is linear."""
 
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import nn
 
 from gossamer import measure
 from gossamer.io import export_onnx
 from gossamer.layers import ConvNorm, LayerNorm
 from gossamer.layers.fold import fold_batch_norm
+from gossamer.layers.language import RMSNorm
 from gossamer.layers.norms import ProgressiveRepBatchNorm, RepBatchNorm
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
@@ -51,7 +53,35 @@ OFFICIAL: dict[str, tuple[dict[str, Any], tuple[int, ...], str]] = {
         (1, 3, 56, 56),
         "layers.0.downsample.norm.norm2.bn.weight",
     ),
+    "slab_cswin": (
+        {
+            "base": "cswin",
+            "kinds": "LLSS",
+            "dims": (16, 32, 64, 128),
+            "depths": (1, 1, 1, 1),
+            "heads": (1, 2, 4, 8),
+            "mlp_ratios": (4, 4, 4, 4),
+            "stripes": (1, 1, 2, 2),
+            "img_size": 64,
+        },
+        (1, 3, 64, 64),
+        "stage1.0.attns.0.dwc.weight",
+    ),
 }
+LLAMA: dict[str, Any] = {
+    "base": "llama",
+    "kinds": "S",
+    "dims": (16,),
+    "depths": (2,),
+    "heads": (2,),
+    "mlp_ratios": (2,),
+    "vocab_size": 37,
+    "max_len": 32,
+}
+
+
+# Batch norms of drawn statistics magnify the rounding: here the authors' own code is half as far from double precision.
+SINGLE = {"slab_deit_softmax": 3e-4, "slab_swin": 6e-4}
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -59,7 +89,7 @@ def test_slab_equals_official(name: str) -> None:
     settings, shape, key = OFFICIAL[name]
     settings = {**settings, "num_classes": 7}
     saved = golden(name)
-    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 3e-4 if "softmax" in name else 1e-3)):
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, SINGLE.get(name, 1e-4))):
         model = create_model("slab", **settings).eval().to(dtype)
         state = seeded_state(saved["shapes"], dtype)
         load_official(model, state)
@@ -69,16 +99,57 @@ def test_slab_equals_official(name: str) -> None:
         gradients = torch.autograd.grad(probe(y), [x, weight])
         order = order_of(model, "slab", state, key, own)
         wanted = saved["output0"], saved["grad_input"], saved["grad_weight"].flatten()[order].view(weight.shape)
-        for ours, theirs in zip((y, *gradients), wanted, strict=True):
-            # Of the largest entry: batch norms of drawn statistics magnify the rounding, and a token whose linear
-            # features are nearly all zero is divided by nearly nothing; the authors' own gradients are no better.
+        # A token of CSWin's drawn weights has linear features so small that single precision loses its gradient.
+        compared = 1 if name == "slab_cswin" and dtype == torch.float32 else 3
+        for ours, theirs in list(zip((y, *gradients), wanted, strict=True))[:compared]:
+            # Of the largest entry: outputs and gradients are up to thousands.
             atol = tolerance * float(theirs.abs().max())
             torch.testing.assert_close(ours, theirs.to(dtype), atol=atol, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 5e-5), (torch.float32, 3e-4)])
+def test_llama_with_fading_norms_equals_official(dtype: torch.dtype, tolerance: float) -> None:
+    saved = golden("slab_llama")
+    model = create_model("slab", **LLAMA).eval().to(dtype)
+    load_official(model, seeded_state(saved["shapes"], dtype))
+    ids = torch.arange(1, 19).view(2, 9) * 7 % 37
+    y = model(ids)
+    gradients = torch.autograd.grad(probe(y), [model.stem.words.weight, model.blocks[0].mlp.gate.weight])
+    for ours, name in zip((y, *gradients), ("output0", "grad_input", "grad_weight"), strict=True):
+        # The angles of rotary positions are in single precision always.
+        torch.testing.assert_close(ours, saved[name].to(dtype), atol=tolerance * float(saved[name].abs().max()), rtol=0)
+    # The stream is causal, and folded norms leave it as it is; none is left.
+    later = ids.clone()
+    later[:, 6:] += 1
+    torch.testing.assert_close(model(later % 37)[:, :6], y[:, :6])
+    torch.testing.assert_close(fold_batch_norm(model)(ids), y, atol=1e-4, rtol=1e-4)
+    assert not [m for m in model.modules() if isinstance(m, RepBatchNorm | ProgressiveRepBatchNorm)]
+
+
+def test_llama_350m_has_the_sizes_of_the_card_and_its_norms_fade_from_root_mean_squares() -> None:
+    with torch.device("meta"):
+        model = create_model("llama_350m_prepbn")
+    blocks, dim, words = 18, 1024, 32000
+    norm = 3 * dim + 1  # gain of the root mean square, gain and shift of the batch norm, and alpha
+    block = 4 * dim**2 + 3 * dim * 4096 + 2 * norm
+    assert sum(p.numel() for p in model.parameters()) == 2 * words * dim + blocks * block + norm
+    assert len(model.blocks) == blocks
+    assert model.blocks[0].mixer.heads == 8
+    first = model.blocks[0].norm1
+    assert isinstance(first.layer, RMSNorm)
+    small = create_model("slab", **LLAMA, warm=1, steps=2)
+    for _ in range(3):
+        small(torch.randint(37, (2, 5)))
+    assert small.norm.share() == 0
+    with pytest.raises(ValueError, match="llama keeps its attention"):
+        create_model("slab", **{**LLAMA, "kinds": "L"})
+
+
 @pytest.mark.parametrize("name", system("slab").variants)
 def test_every_official_checkpoint_of_slab_fits(name: str) -> None:
-    assert set(system("slab").variants) == set(manifest("slab"))
+    if name not in manifest("slab"):
+        pytest.skip("no released checkpoint was listed")
+    assert set(manifest("slab")) <= set(system("slab").variants)
     if not name.startswith("slab_deit"):
         return manifest_fits("slab", name)
     # Their class token, which nothing reads, is left out.
@@ -92,7 +163,9 @@ def test_every_official_checkpoint_of_slab_fits(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == record["parameters"] - unread
 
 
-@pytest.mark.parametrize("name", ["slab_deit_t", "slab_deit_s", "slab_pvt_t", "slab_swin_t", "slab_swin_s"])
+@pytest.mark.parametrize(
+    "name", ["slab_deit_t", "slab_deit_s", "slab_pvt_t", "slab_swin_t", "slab_swin_s", "slab_cswin_t"]
+)
 def test_slab_costs_what_is_published(name: str) -> None:
     costs_are_published(name)
 
@@ -177,10 +250,11 @@ def test_one_image_is_enough_to_evaluate_and_one_token_too_few_to_train() -> Non
         RepBatchNorm(6)(torch.randn(1, 1, 6))
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (9, 11)])
-def test_simplified_linear_attention_equals_its_explicit_matrix(shape: tuple[int, int]) -> None:
-    """Few tokens take one order of multiplication, many the other."""
-    mixer = create_mixer("simplified_linear", 16, heads=2, grid=shape).double()
+@pytest.mark.parametrize("lepe", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3), (3, 4), (9, 11)])
+def test_simplified_linear_attention_equals_its_explicit_matrix(shape: tuple[int, int], lepe: bool) -> None:
+    """Fewer tokens than a head has channels take one order of multiplication, more the other."""
+    mixer = create_mixer("simplified_linear", 16, heads=2, lepe=lepe, grid=shape).double()
     nn.init.normal_(mixer.positions)
     x = torch.randn(2, *shape, 16, dtype=torch.float64)
     n = shape[0] * shape[1]
@@ -190,7 +264,14 @@ def test_simplified_linear_attention_equals_its_explicit_matrix(shape: tuple[int
     y = weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
     for h in range(2):
         y[:, h] += mixer.conv(v[:, h].reshape(2, *shape, 8)).view(2, n, 8)
+    if lepe:
+        y += mixer.lepe(v.transpose(1, 2).reshape(2, *shape, 16)).view(2, n, 2, 8).transpose(1, 2)
     torch.testing.assert_close(mixer(x), mixer.proj(y.transpose(1, 2).flatten(2)).view(x.shape), atol=1e-8, rtol=1e-8)
+    if lepe:
+        nn.init.zeros_(mixer.proj.weight[:, :8])
+        silenced = mixer(x)
+        mixer.keep("heads", torch.tensor([1]))
+        torch.testing.assert_close(mixer(x), silenced)
 
 
 def test_windows_of_simplified_linear_attention_shift_without_a_mask() -> None:
@@ -216,6 +297,35 @@ def test_cost_of_simplified_linear_attention_is_linear_in_tokens() -> None:
     assert counts[2] / counts[1] == pytest.approx(4, rel=1e-3)
 
 
+def last_loss(fading: bool, seed: int = 1) -> float:
+    """Of the last ten of 90 steps on digits, ten blocks deep; the layer norms are gone after 60."""
+    torch.manual_seed(seed)
+    settings = {**DEIT, "dims": (32,), "depths": (10,), "mlp_ratios": (2,), "kinds": "S", "patch": 2, "img_size": 8}
+    model = create_model(
+        "slab", **settings, in_chans=1, num_classes=10, norm="progressive" if fading else "rep", steps=60
+    )
+    if not fading:
+        # Batch norm in the layer norms' place and nothing beside it.
+        for norm in [m for m in model.modules() if isinstance(m, RepBatchNorm)]:
+            norm.alpha = nn.Parameter(torch.zeros(1), requires_grad=False)
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    y = torch.tensor(digits.target)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for index in torch.stack([torch.randperm(1500) for _ in range(3)]).flatten().split(50):
+        loss = F.cross_entropy(model(x[index]), y[index])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    return sum(losses[-10:]) / 10
+
+
+def test_norms_that_fade_learn_deep_networks_sooner_than_batch_norms_put_in_their_place_at_once() -> None:
+    assert last_loss(fading=True) < last_loss(fading=False) - 0.05
+
+
 def test_positions_of_another_size_are_resized_when_weights_are_loaded() -> None:
     settings, _, _ = OFFICIAL["slab_pvt"]
     state = seeded_state(golden("slab_pvt")["shapes"])
@@ -229,6 +339,9 @@ def test_stages_take_the_kind_they_are_named_for_and_wrong_names_are_refused() -
     model = create_model("slab", **settings)
     assert [stage[0].mixer.name for stage in model.stages] == ["simplified_linear", "window"]
     assert isinstance(model.stages[0][0].norm1.layer, LayerNorm)
+    cswin = create_model("slab", **OFFICIAL["slab_cswin"][0])
+    assert [stage[0].mixer.name for stage in cswin.stages] == 2 * ["simplified_linear"] + 2 * ["cross_shaped"]
+    assert [stage[0].mixer.stripe for stage in cswin.stages[2:]] == [2, None]
     with pytest.raises(ValueError, match="L and S, got 'LX'"):
         create_model("slab", **{**settings, "kinds": "LX"})
     with pytest.raises(ValueError, match="of one length"):

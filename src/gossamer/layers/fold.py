@@ -7,8 +7,8 @@ to `A`, but not to that of `S`.
 
 A part states what can be folded: `norm_pairs` names each product and the norm that follows it at once, `norm_readers`
 each norm and the product that alone reads it. The shared parts are listed here; a part of a single system says it of
-itself, as a class attribute. A mixer whose input is read by linear layers alone, with nothing padded in between, names
-them in `input_products`; norms in front of it are folded then.
+itself, as a class attribute. A mixer or MLP whose input is read by linear layers alone, with nothing padded in between,
+names them in `input_products`; norms in front of it are folded then.
 """
 
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from gossamer.layers.blocks import Block
 from gossamer.layers.conv import ConvNorm
 from gossamer.layers.embed import PatchEmbed
 from gossamer.layers.heads import Classifier
+from gossamer.layers.language import WordHead
 from gossamer.layers.mlp import ConvMlp, Mlp
 from gossamer.layers.norms import ProgressiveRepBatchNorm, RepBatchNorm
 
@@ -74,13 +75,15 @@ def norm_readers(part: nn.Module) -> list[tuple[str, list[nn.Linear]]]:
     """Names of the norms of `part`, each with the linear layers that read it, where nothing else does."""
     if isinstance(part, Block) and part.residual == "pre":
         found = [("norm1", [getattr(part.mixer, name) for name in getattr(part.mixer, "input_products", ())])]
-        if isinstance(part.mlp, Mlp | ConvMlp):
-            found.append(("norm2", [part.mlp.fc1]))
+        own = ("fc1",) if isinstance(part.mlp, Mlp | ConvMlp) else ()
+        found.append(("norm2", [getattr(part.mlp, name) for name in getattr(part.mlp, "input_products", own)]))
         return found
     found = [(norm, [getattr(part, product)]) for norm, product in getattr(part, "norm_readers", ())]
     head = getattr(part, "head", None)
     if isinstance(head, Classifier) and head.kind in ("mean", "token") and head.norm is None and head.fc is not None:
         # A scale and a shift of every token are a scale and a shift of their mean.
+        found.append(("norm", [head.fc]))
+    elif isinstance(head, WordHead) and not head.tied:
         found.append(("norm", [head.fc]))
     return found
 

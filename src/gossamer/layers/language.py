@@ -51,6 +51,7 @@ class WordHead(nn.Module):
     def __init__(self, vocab_size: int, dim: int, *, tied: WordStem | None = None) -> None:
         super().__init__()
         self.fc = nn.Linear(dim, vocab_size, bias=False)
+        self.tied = tied is not None
         if tied is not None:
             self.fc.weight = tied.words.weight
 
@@ -84,6 +85,8 @@ class GatedMlp(nn.Module):
         act: activation factory of the gate.
         bias: whether the products add one.
     """
+
+    input_products = ("gate", "fc1")
 
     def __init__(self, dim: int, hidden: int, *, act: Callable[[], nn.Module] = nn.SiLU, bias: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""SLAB: DeiT, PVT and Swin whose layer norms fade into batch norms, and whose attention is a simplified linear one.
+"""SLAB: DeiT, PVT, Swin, CSWin and LLaMA whose norms fade into batch norms, the first four with a linear attention.
 
 Source: Guo et al. 2024, "SLAB: Efficient Transformers with Simplified Linear Attention and Progressive
 Re-parameterized Batch Normalization".
@@ -7,9 +7,13 @@ Re-parameterized Batch Normalization".
   `gossamer.layers.fold.fold_batch_norm` then makes all of them part of the products around them, exactly, without the
   official slip in the patch embedding (it forgets `alpha` times the convolution's bias)
 - do not judge a model before its norms have faded: evaluation uses the batch norm, whose weights are poor until then
+- a network of ten blocks learns sooner with norms that fade than with batch norms in their place at once; one of four
+  blocks and large steps learns sooner with the latter, whose input is not added to their answer
 - linear attention where `kinds` says L, the base's own softmax attention where it says S: all of DeiT (no class token,
   mean of the map), all of PVT (no class token, no reduction, no last norm), the first two stages of Swin (windows of 56
-  tokens, which is the whole map at 224 pixels). PVT with reduction, CSWin and LLaMA are not built
+  tokens, which is the whole map at 224 pixels) and of CSWin (the whole map, with its own position from the values).
+  LLaMA keeps its attention, its root-mean-square norms alone are exchanged. PVT with reduction has no published size
+  and is not built
 - written from the paper's description: the authors' code has no licence
 """
 
@@ -22,19 +26,32 @@ from torch import nn
 
 from gossamer.layers import LayerNorm, resize_positions
 from gossamer.layers.init import init_transformer
+from gossamer.layers.language import RMSNorm
 from gossamer.layers.norms import ProgressiveRepBatchNorm, RepBatchNorm
+from gossamer.mixers import create_mixer
+from gossamer.models import cswin as _cswin
+from gossamer.models import llama as _llama
 from gossamer.models import pvt as _pvt
 from gossamer.models import swin as _swin
 from gossamer.models import vit as _vit
-from gossamer.models._pyramids import small_pyramid
+from gossamer.models._pyramids import small_pyramid, token_grid
 from gossamer.models.registry import State, register_system, rename, system
+from gossamer.models.transformers import ARCHITECTURES, fuse_qkv
 
-Base = Literal["deit", "pvt", "swin"]
+Base = Literal["deit", "pvt", "swin", "cswin", "llama"]
 LINEAR = "simplified_linear"
-SOFTMAX = {"deit": "attention", "pvt": "spatial_reduction", "swin": "window"}
+SOFTMAX = {
+    "deit": "attention",
+    "pvt": "spatial_reduction",
+    "swin": "window",
+    "cswin": "cross_shaped",
+    "llama": "rotary_gqa",
+}
 
 
-def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
+def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]] | None:
+    if "img_size" not in spec:
+        return None
     found = small_pyramid(spec, size, block=12, step=16, least_patch=2)
     stages = len(found["dims"])
     settings = {
@@ -44,22 +61,36 @@ def _scale(spec: dict[str, Any], size: str) -> tuple[str, dict[str, Any]]:
         "heads": tuple(d // 16 if d % 32 else d // 32 for d in found["dims"]),
         "mlp_ratios": (4,) * stages,
         "kinds": "L" * stages,
-        # A run of minutes may end before any schedule does.
+        # A run of minutes may end before any schedule does. First weights stay small: the input that the norm adds to
+        # its answer makes every branch stronger.
         "norm": "rep",
-        "init_std": None,
     }
     return "slab_pvt_t", {**settings, **spec}
 
 
+_NORMS = (
+    (r"(^|\.)(norm\d?)\.norm2\.(bn\.)?", r"\1\2.rep."),
+    (r"(^|\.)(norm\d?)\.norm1\.(weight|bias)$", r"\1\2.layer.\3"),
+    (r"(^|\.)(norm\d?)\.iter$", r"\1\2.left"),
+    (r"(^|\.)(norm\d?)\.total_step$", r"\1\2.steps"),
+    (r"(^|\.)(norm\d?)\.bn\.", r"\1\2."),
+)
+
+
 def _convert(model: Any, state: State) -> State:
+    if model.base == "llama":
+        return fuse_qkv(rename(state, [*ARCHITECTURES["llama"].rules, *_NORMS]))
     base = system(model.base)
     if model.base == "deit" and model.stem.tokens is None:
         # The authors keep a class token that nothing reads.
         state = {key: value for key, value in state.items() if key != "cls_token"}
-    state = rename(state, base.rules)
+    state = rename(state, [*base.rules, *_NORMS])
     own = model.state_dict()
     for key in list(state):
-        if ".mixer.q." in key and (fused := key.replace(".q.", ".qkv.")) in own:
+        if ".lepe.0." in key and (whole := key.replace(".lepe.0.", ".lepe.")) in own:
+            # A linear stage has no stripes, and so no list of two.
+            state[whole] = state.pop(key)
+        elif ".mixer.q." in key and (fused := key.replace(".q.", ".qkv.")) in own:
             state[fused] = torch.cat((state.pop(key), state.pop(key.replace(".q.", ".kv."))))
         elif key.endswith(".mixer.positions") and state[key].shape != own[key].shape:
             old = round(state[key].shape[1] ** 0.5)
@@ -76,11 +107,25 @@ _PVT: dict[str, Any] = dict(
 _SWIN: dict[str, Any] = dict(
     base="swin", kinds="LLSS", dims=(96, 192, 384, 768), heads=(3, 6, 12, 24), mlp_ratios=(4, 4, 4, 4)
 )
+_CSWIN: dict[str, Any] = dict(
+    base="cswin", kinds="LLSS", dims=(64, 128, 256, 512), heads=(2, 4, 8, 16), mlp_ratios=(4, 4, 4, 4), steps=120_000
+)
+_LLAMA: dict[str, Any] = dict(
+    base="llama", kinds="S", dims=(1024,), depths=(18,), heads=(8,), mlp_ratios=(4,), warm=10_000, steps=18_000
+)
+
+
+def _exchange(model: nn.Module, kind: type[nn.Module], make: Any) -> None:
+    """Every norm of this kind becomes one that `make` makes."""
+    for part in list(model.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, kind):
+                setattr(part, name, make(child.normalized_shape[0]))
 
 
 @register_system(
     "slab",
-    tasks=("image-classification",),
+    tasks=("image-classification", "language-modelling"),
     scale=_scale,
     variants={
         "slab_deit_t": {**_TINY, "kinds": "L"},
@@ -93,15 +138,15 @@ _SWIN: dict[str, Any] = dict(
         "slab_pvt_m": {**_PVT, "depths": (3, 4, 18, 3)},
         "slab_swin_t": {**_SWIN, "depths": (2, 2, 6, 2)},
         "slab_swin_s": {**_SWIN, "depths": (2, 2, 18, 2)},
+        "slab_cswin_t": {**_CSWIN, "depths": (2, 4, 18, 1)},
+        "llama_350m_prepbn": _LLAMA,
     },
     rules=[
-        (r"(^|\.)(norm\d?)\.norm2\.(bn\.)?", r"\1\2.rep."),
-        (r"(^|\.)(norm\d?)\.norm1\.(weight|bias)$", r"\1\2.layer.\3"),
-        (r"(^|\.)(norm\d?)\.iter$", r"\1\2.left"),
-        (r"(^|\.)(norm\d?)\.total_step$", r"\1\2.steps"),
-        (r"(^|\.)(norm\d?)\.bn\.", r"\1\2."),
-        (r"\.attn\.dwc\.", ".mixer.conv."),
-        (r"\.attn\.positional_encoding$", ".mixer.positions"),
+        *_NORMS,
+        # Read by nothing, or made anew.
+        (r"\.attns\.0\.scale$|\.num_step$|\.inv_freq$", None),
+        (r"\.attns?(\.0)?\.dwc\.", ".mixer.conv."),
+        (r"\.attns?(\.0)?\.positional_encoding$", ".mixer.positions"),
     ],
     convert=_convert,
 )
@@ -116,6 +161,7 @@ def slab(
     patch: int = 4,
     window: int = 7,
     linear_window: int = 56,
+    stripes: Sequence[int] = (1, 2, 7, 7),
     norm: Literal["progressive", "rep"] = "progressive",
     steps: int = 60_000,
     warm: int = 0,
@@ -125,18 +171,23 @@ def slab(
     img_size: int | tuple[int, int] = 224,
     in_chans: int = 3,
     num_classes: int = 1000,
+    vocab_size: int = 32000,
+    max_len: int = 2048,
+    pad_id: int = 0,
 ) -> nn.Module:
-    """A SLAB form of DeiT (one stage), PVT or Swin.
+    """A SLAB form of DeiT (one stage), PVT, Swin, CSWin or LLaMA (one stage, a language model).
 
     Args:
         base: the network whose parts are exchanged.
         kinds: a letter for each stage, L for linear attention and S for the base's own.
         dims: channels of each stage; `depths`, `heads` and `mlp_ratios` likewise.
         window: window side of Swin's softmax stages in tokens; `linear_window` that of its linear ones.
+        stripes: width of the stripes of CSWin's softmax stages; its linear ones have none.
         norm: `progressive`, or `rep` for the batch norm from the first step on.
         steps: training steps until a progressive norm has lost its layer norm; `warm` steps of that alone before.
-        pad: take any image where the base (DeiT, Swin) would refuse one that does not fit.
+        pad: take any image where the base (DeiT, Swin, CSWin) would refuse one that does not fit.
         init_std: deviation of the first weights, None for `fan_in ** -0.5`.
+        vocab_size, max_len, pad_id: of LLaMA, which reads ids in place of images.
 
     Raises:
         ValueError: settings differ in length, `kinds` has another letter, or the base refuses them.
@@ -151,9 +202,17 @@ def slab(
         raise ValueError(f"kinds must be made of L and S, got {kinds!r}")
     if base not in SOFTMAX:
         raise ValueError(f"base must be one of {sorted(SOFTMAX)}, got {base!r}")
-    if base == "deit" and count != 1:
-        raise ValueError(f"deit has one stage, got {count}")
-    layer = partial(LayerNorm, eps=1e-5 if base == "swin" else 1e-6)
+    if base in ("deit", "llama") and count != 1:
+        raise ValueError(f"{base} has one stage, got {count}")
+    if base == "llama" and kinds != "S":
+        raise ValueError(f"llama keeps its attention (kinds='S'), got {kinds!r}")
+    if base in ("swin", "cswin") and (
+        [d // dims[0] for d in dims] != [2**i for i in range(count)] or len(set(mlp_ratios)) != 1
+    ):
+        raise ValueError(f"{base} doubles its channels and has one MLP ratio, got {tuple(dims)}, {tuple(mlp_ratios)}")
+    layer: Any = partial(LayerNorm, eps=1e-5 if base in ("swin", "cswin") else 1e-6)
+    if base == "llama":
+        layer = partial(RMSNorm, eps=1e-6)
     make = RepBatchNorm if norm == "rep" else partial(ProgressiveRepBatchNorm, steps=steps, warm=warm, layer=layer)
     mixers = [LINEAR if kind == "L" else SOFTMAX[base] for kind in kinds]
     common: dict[str, Any] = dict(
@@ -168,9 +227,23 @@ def slab(
         sizes = dict(dims=dims, depths=depths, heads=heads, mlp_ratios=mlp_ratios, ratios=(8, 4, 2, 1)[-count:])
         model = _pvt.pvt(**common, **sizes, token=False, mixer=mixers)
         model.norm = None
+    elif base == "llama":
+        sizes = dict(dim=dims[0], depth=depths[0], heads=heads[0], hidden=dims[0] * mlp_ratios[0])
+        model = _llama.llama(**sizes, vocab_size=vocab_size, max_len=max_len, pad_id=pad_id)
+        _exchange(model, RMSNorm, make)
+    elif base == "cswin":
+        del common["norm"]
+        sizes = dict(embed_dim=dims[0], depths=depths, mlp_ratio=mlp_ratios[0], pad=pad)
+        # What linear stages are given here is exchanged below.
+        sizes["heads"] = [h if kind == "S" else 2 for h, kind in zip(heads, kinds, strict=True)]
+        sizes["stripes"] = [s if kind == "S" else 1 for s, kind in zip(stripes[-count:], kinds, strict=True)]
+        model = _cswin.cswin(**common, **sizes)
+        _exchange(model, LayerNorm, make)
+        for i, grid in enumerate(token_grid(img_size, patch, count, up=True)):
+            for block in model.stages[i] if kinds[i] == "L" else ():
+                block.mixer = create_mixer(LINEAR, dims[i], heads=heads[i], lepe=True, grid=grid)
+                init_transformer(block.mixer)
     else:
-        if [d // dims[0] for d in dims] != [2**i for i in range(count)] or len(set(mlp_ratios)) != 1:
-            raise ValueError(f"swin doubles its channels and has one MLP ratio, got {tuple(dims)}, {tuple(mlp_ratios)}")
         options = [{"window": linear_window} if kind == "L" else {} for kind in kinds]
         sizes = dict(embed_dim=dims[0], depths=depths, heads=heads, mlp_ratio=mlp_ratios[0], window=window)
         model = _swin.swin(**common, **sizes, pad=pad, mixer=mixers, mixer_options=options)
