@@ -37,7 +37,7 @@ def test_a_run_of_an_older_version_goes_on_where_what_it_did_not_know_is_off(tmp
         {"epochs": 3, "settings": {"lr": 0.1, "checkpointing": True}},
         {"epochs": 3, "settings": {"lr": 0.1}, "pretrain": 2},
     ):
-        with pytest.raises(ValueError, match="another (epochs|settings|pretrain)"):
+        with pytest.raises(ValueError, match=r"another (epochs|settings|pretrain)"):
             claim(tmp_path, asked)
 
 

@@ -55,3 +55,24 @@ def test_a_dynamic_int8_file_is_at_least_three_and_a_half_times_smaller(tmp_path
     export_onnx(net.eval(), torch.randint(1, 2000, (2, 16)), whole, input_names=["ids"])
     quantize_onnx(whole, small, mode="dynamic")
     assert whole.stat().st_size > 3.5 * small.stat().st_size
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "mixed"])
+def test_a_product_with_a_vector_stays_in_floats(mode, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 8)
+            self.vector = nn.Parameter(torch.randn(32))
+
+        def forward(self, x):
+            return self.fc(x) + (x @ self.vector)[..., None]
+
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(4, 5, 32)
+    whole, small = tmp_path / "whole.onnx", tmp_path / "small.onnx"
+    export_onnx(net, x, whole, input_names=["x"])
+    quantize_onnx(whole, small, [{"x": x.numpy()}], mode=mode)
+    answer = onnx_session(small).run(None, {"x": x.numpy()})[0]
+    want = net(x).detach().numpy()
+    assert abs(answer - want).max() < 0.03 * abs(want).max()

@@ -1,6 +1,7 @@
 """`gossamer shrink` end to end on small models: budgets, recipes, kills, files that work."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gossamer.measure import macs
 from gossamer.models import create_model
 from gossamer.models.folder import save
 from gossamer.shrink import run as module
+from gossamer.shrink.artefacts import Point
 from gossamer.shrink.options import ShrinkOptions
 from gossamer.shrink.run import shrink
 from gossamer.tasks import create_task
@@ -50,7 +52,7 @@ def few():
 @pytest.fixture(scope="module")
 def done(digits, few, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    options = ShrinkOptions(model=str(digits), data="digits", shares={"macs": 0.6}, seconds=60, out=out, quiet=True)
+    options = ShrinkOptions(model=str(digits), data="digits", shares={"macs": 0.6}, seconds=90, out=out, quiet=True)
     return shrink(options), options
 
 
@@ -62,6 +64,7 @@ def test_a_budget_in_multiply_adds_is_met_and_everything_is_there(done, digits):
     assert after["cost"]["macs"] <= 0.6 * before["cost"]["macs"]
     assert before["test"]["accuracy"] > 0.8
     assert after["test"]["accuracy"] > before["test"]["accuracy"] - 0.1
+    assert [t["recipe"][0]["pass"] for t in r["trials"]][:2] == ["magnitude", "merging"]
     folder = result.folder
     net = gossamer.load(folder)
     data = read_dataset("digits")
@@ -75,6 +78,25 @@ def test_a_budget_in_multiply_adds_is_met_and_everything_is_there(done, digits):
     words = result.summary()
     assert "before" in words
     assert "macs" in words
+
+
+def test_passes_that_each_reach_a_part_of_the_work_are_tried_together():
+    def tried(name, macs, val):
+        return module.Trial(name, [{"pass": name, "keep": 0.6}], val=val, cost={"macs": macs})
+
+    before = Point("as it came", "float32", "", 0.9, {"macs": 100.0}, (1.0, 1.0))
+    run = SimpleNamespace(sign=1, model=None, calibration=SimpleNamespace(score=lambda model, limit: 0.9))
+    run.trials = [
+        tried("word_tables", 70.0, 0.9),
+        tried("optin", 80.0, 0.88),
+        tried("magnitude", 80.0, 0.5),  # of optin's family, and dearer
+        tried("greenformers", 99.0, 0.9),  # saves nothing
+        tried("merging", 90.0, 0.6),  # not needed
+    ]
+    both = [("optin", 1.0), ("word_tables", 1.0)]  # in the order in which they are done, not of their price
+    assert module._Run._stack(run, {"macs": 0.6}, before) == both
+    run.trials[0] = tried("word_tables", 55.0, 0.9)
+    assert module._Run._stack(run, {"macs": 0.6}, before) == []
 
 
 def test_the_same_call_gives_the_same_answer_without_work(done):

@@ -216,10 +216,17 @@ def _shorten_tables(path: Path) -> None:
 
 
 def _layers(path: Path) -> dict[str, str]:
-    """Name and type of the nodes that have a weight of their own: convolutions and constant products."""
+    """Name and type of the nodes that have a weight of their own: convolutions and constant products.
+
+    A product with a vector is none: ONNX Runtime writes it with a scale that it cannot run.
+    """
     graph = _graph(path)
-    constants = {tensor.name for tensor in graph.initializer}
-    constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) > 1}
+    constants |= {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "Constant" and any(len(a.t.dims) > 1 for a in node.attribute if a.name == "value")
+    }
     return {
         node.name: node.op_type
         for node in graph.node

@@ -136,10 +136,10 @@ class Workshop:
             trial = path.with_name(f"{path.stem}-{mode}.onnx")
             try:
                 quantize_onnx(source, trial, feeds, mode=mode)
+                tried.append((file_cost(trial, self.one)[0], mode, trial))
             except Exception as error:  # a graph that a mode cannot take is tried in the next
                 reasons.append(f"{mode}: {str(error).splitlines()[0].replace(str(source), source.name)}")
-                continue
-            tried.append((file_cost(trial, self.one)[0], mode, trial))
+                trial.unlink(missing_ok=True)
         if not tried:
             base.why = f"{base.why} int8 was not possible ({'; '.join(reasons)})".strip()
             return None

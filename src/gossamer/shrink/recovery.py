@@ -93,7 +93,7 @@ def recover_in_rounds(
     else:
         found = {"score": _finite(score(model)), "used": 0.0, "steps": 0, "precision": "auto", "rounds": []}
         found["looked"] = time.perf_counter() - begun
-        found["batch_size"] = _batch_size(start, make)
+        found["batch_size"] = _batch_size(start, make, PROBED * seconds)
         place.mkdir(parents=True, exist_ok=True)
     before = found["used"]
     while not stop():
@@ -164,20 +164,24 @@ def _round(trainer: Trainer, seconds: float, running: Path, number: int, stop: C
         trainer.train(seconds=seconds, schedule="linear", on_step=on_step, stop=stop)
 
 
-def _batch_size(model: nn.Module, make: Callable[..., Trainer]) -> int:
-    """The largest of `BATCHES` at which a sample takes clearly less time than at the one before."""
+def _batch_size(model: nn.Module, make: Callable[..., Trainer], seconds: float) -> int:
+    """The largest of `BATCHES` at which a sample takes clearly less time than at the one before, as far as was seen."""
     best, before = BATCHES[0], math.inf
+    end = time.perf_counter() + seconds
     for size in BATCHES:
         trainer = make(copy.deepcopy(model), lr=RATES[0], batch_size=size, precision="auto", seed=0)
         if 8 * size > len(trainer.data.train):
             break
         trainer.train(steps=1)
         begun = time.perf_counter()
+        # `train` counts steps of the phase: two more.
         trainer.train(steps=3)
         each = (time.perf_counter() - begun) / (2 * size)
         if each > PAYS * before:
             break
         best, before = size, each
+        if time.perf_counter() + 3 * size * each > end:
+            break
     return best
 
 

@@ -1,8 +1,8 @@
 """`shrink`: measure, try passes, recover the best, export, gate, report; a folder that can be killed and taken up.
 
 - the model as it came is exported and measured first, then as int8: that is what every change is held against
-- passes are tried one by one at the strength the budget needs, by what the exported file costs and scores; the pass
-  of each family that lost least is tried together with that of another
+- passes are tried one by one at the strength the budget needs, by what the exported file costs and scores; then
+  together, where one does not reach it, and those of two families that lost least
 - the best few are trained for the rest of the time, with the model as it came for a teacher, and become files
 - a file that the speed gate rejects is rolled back, and the report says why
 - the test split is read by the first and the winning file, after everything has been decided
@@ -10,15 +10,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -31,23 +30,26 @@ from gossamer import __version__
 from gossamer.data.base import Dataset
 from gossamer.io import atomic_write, claim, plain, read_json, write_json
 from gossamer.measure import device_info, macs, parameters
-from gossamer.models.folder import save
+from gossamer.models.folder import built_by_name, save
 from gossamer.shrink.artefacts import Point, Workshop, choose, export_quickly, metric_noise
-from gossamer.shrink.base import Calibration, Unsupported, find_pass, passes, run_pass
+from gossamer.shrink.base import Calibration, Unsupported, check_settings, find_pass, passes, run_pass
 from gossamer.shrink.budget import excess
 from gossamer.shrink.options import ShrinkOptions, ShrinkResult
 from gossamer.shrink.passes.teaching import check_signals, objective
 from gossamer.shrink.recipe import as_written, load
+from gossamer.shrink.recovery import BATCHES, recover_in_rounds
 from gossamer.shrink.report import write_report
-from gossamer.shrink.subject import Subject, open_subject, read_for
-from gossamer.shrink.ways import SCREENED, SETTINGS, TRIED
+from gossamer.shrink.subject import Subject, check_answers, open_subject, read_for
+from gossamer.shrink.ways import LEAST_LOSS, ORDER, SCREENED, SETTINGS, TRIED, WORTH
 from gossamer.tasks import create_task
 from gossamer.tasks.base import Task
-from gossamer.train import Diverged, Trainer
+from gossamer.train import Trainer
 from gossamer.train.clock import Clock
 from gossamer.train.progress import Progress
+from gossamer.train.settings import Precision
 
 SCREEN_BY, TRAINED_BY = 0.4, 0.8  # shares of the time
+LEAST_SHARE = 0.2  # of the time, up to half a minute, is what a pass may take however late it is
 FILES_SHARE = 0.4  # of the time left after the trials, at most, goes into making files instead of training
 HEAD_SHARE = 0.2  # of the time, for training a head the model came without
 MOST_FINALISTS = 2
@@ -56,10 +58,8 @@ CLOSE = 0.04  # a cost this far below its limit is close enough
 SAFE = 0.92  # of a limit on latency is aimed at: what lies just below it now may lie above it in the last timing
 LEAST_KEEP = 0.05
 LOOK_FROM_S = 600.0  # from this much time on, the sensitivity of each layer to int8 is reported
-RATES = (3e-5, 2e-4, 1e-3)  # learning rates tried for recovery, each for this share of its time
-PROBED = 0.07
-BATCHES = (32, 64, 128)  # batch sizes of recovery: the largest that pays, a sample taking this share of before
-PAYS = 0.8
+HEAD_RATE = HINT_RATE = 2e-4
+LOOK_SHARE = 0.02  # of a recovery's time goes into each score where that affords more items than trials are judged by
 HINTED = 0.15  # of the time left after the trials goes into a short recovery of each way, to choose among them
 RECOVER = ("seconds", "signals", "relation_heads")  # settings of `recover` in a recipe
 COSTS = ("latency", "size", "params", "macs")
@@ -96,25 +96,43 @@ def shrink(options: ShrinkOptions) -> ShrinkResult:
     """
     for entry in options.recipe or ():
         if entry["pass"] not in ("recover", "int8"):
-            find_pass(entry["pass"])
+            check_settings(entry["pass"], set(entry) - {"pass"})
         elif unknown := sorted(set(entry) - {"pass", *(RECOVER if entry["pass"] == "recover" else ())}):
             raise ValueError(f"{entry['pass']} has no setting {', '.join(unknown)}; recover has {', '.join(RECOVER)}")
         elif "signals" in entry:
             check_signals(entry["signals"])
         elif "relation_heads" in entry:
             raise ValueError("recover has relation_heads without signals: [relations, …]")
+        elif not isinstance(entry.get("seconds", 0), int | float):
+            raise ValueError(f"seconds of recover must be a number, got {entry['seconds']!r}")
     folder = options.folder()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, {folder} is a file")
+    fresh = not (folder / "run.json").exists()
     claim(folder, options.identity())
-    if (folder / "results.json").exists():
+    if not fresh and (folder / "results.json").exists():
         return ShrinkResult(read_json(folder / "results.json"), folder)
-    with Clock(options.seconds, folder / "clock.json") as clock, Progress(clock, quiet=options.quiet) as progress:
-        progress.tell("reading the model")
-        subject = open_subject(options.model, options.weights)
-        progress.tell("reading the data")
-        data = read_for(subject, options.data, task=options.task, seed=options.seed, options=options.options)
-        task = create_task(data.task, data.spec, data.meta)
-        write_json(folder / "task.json", {"task": data.task, "spec": data.spec, "meta": data.meta})
-        return _Run(options, folder, clock, progress, subject, data, task).go()
+    try:
+        with Clock(options.seconds, folder / "clock.json") as clock, Progress(clock, quiet=options.quiet) as progress:
+            progress.tell("reading the model")
+            subject = open_subject(options.model, options.weights)
+            progress.tell("reading the data")
+            data = read_for(subject, str(options.data), task=options.task, seed=options.seed, options=options.options)
+            task = create_task(data.task, data.spec, data.meta)
+            check_answers(subject, task, data)
+            noted = folder / "task.json"
+            if not fresh and noted.exists() and read_json(noted)["meta"].get("split") != plain(data.meta.get("split")):
+                raise ValueError(f"{options.data} has changed since {folder} was begun; give --out another folder")
+            write_json(noted, {"task": data.task, "spec": data.spec, "meta": data.meta})
+            run = _Run(options, folder, clock, progress, subject, data, task)
+            fresh = False
+            return run.go()
+    finally:
+        if fresh:  # what could not begin keeps no folder from the next call
+            for name in ("run.json", "clock.json", "task.json"):
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
 
 
 class _Run:
@@ -150,9 +168,12 @@ class _Run:
             self._train_head()
         self.model = self.subject.model.eval()
         before, small = self._before()
-        self.budget = self.options.budget | {
-            k: share * float(before.cost[k] or math.inf) for k, share in self.options.shares.items()
-        }
+        self.budget = dict(self.options.budget)
+        for k, share in self.options.shares.items():
+            if before.cost[k]:
+                self.budget[k] = share * float(before.cost[k] or 0)
+            else:
+                self.data.problems.append(f"the {k} of the model is too small to be measured: its budget is left out")
         if self.options.recipe is not None:
             self._recipe(before, self.options.recipe)
         else:
@@ -165,7 +186,7 @@ class _Run:
         place = self.folder / "start"
         if not (place / "model.safetensors").exists():
             self.progress.tell("training a head for the data's classes")
-            trainer = self.calibration.trainer(self.subject.model, lr=RATES[1], ema=0.0)
+            trainer = self.calibration.trainer(self.subject.model, lr=HEAD_RATE, ema=0.0)
             trainer.train(seconds=HEAD_SHARE * self.clock.total, schedule="linear", stop=lambda: self.clock.interrupted)
             save(self.subject.model, place)
         self.subject.model = load(place)
@@ -174,6 +195,8 @@ class _Run:
         """The model as it came, as a float file and as int8."""
         begun = self.clock.used
         found = self._points("as it came", lambda: self.model, gated=None)
+        if found[0].status == "rolled back":
+            raise ValueError(f"model {self.subject.name} does not become a file that answers like it: {found[0].why}")
         pace = self.folder / "pace.json"
         if not pace.exists():
             files_s = self.clock.used - begun
@@ -190,7 +213,7 @@ class _Run:
         """The float and the int8 file of a model, from disk if they were made before; held to the gate."""
         file = self.folder / "files" / f"{_stem(name)}.json"
         if file.exists():
-            points = [Point(**{**p, "interval": tuple(p["interval"])}) for p in read_json(file)]
+            points = [Point.from_dict(p) for p in read_json(file)]
             self.workshop.points += points
             return points
         start = len(self.workshop.points)
@@ -228,11 +251,24 @@ class _Run:
         else:
             strengths = self._strengths(before, small)
         known = [name for name in TRIED if name in passes()]
+        # What a killed run has tried counts, even where no time is left to come by it again.
+        files = sorted(self.folder.glob("trials/*/trial.json"), key=lambda file: file.stat().st_mtime)
+        self.trials += [Trial(**read_json(file)) for file in files]
+
+        def late() -> bool:
+            usable = [t for t in self.trials if t.val is not None]
+            near = any(self._reach(t) <= 1 + CLOSE for t in usable)
+            return self.clock.over(screen_by if near else 1.5 * screen_by) and bool(usable)
+
         for target in strengths:
-            for name in known:
-                if self.clock.over(screen_by) and any(t.val is not None for t in self.trials):
-                    break
-                self._try([(name, 1.0)], target, before)
+            # Every pass is seen once before the strength of any is corrected: time may not do for all of it.
+            waiting = [self._attempts([(name, 1.0)], target, before) for name in known]
+            waiting = [attempts for attempts in waiting if not late() and next(attempts, None) is not None]
+            if (parts := self._stack(target, before)) and not self.clock.over(1.5 * screen_by):
+                stack = self._attempts(parts, target, before)
+                waiting += [stack] if next(stack, None) is not None else []
+            while waiting and not late():
+                waiting = [attempts for attempts in waiting if not late() and next(attempts, None) is not None]
             self._combine(target, before, screen_by)
         left = self.clock.left - self.pace["test_s"]
         count = max(1, min(MOST_FINALISTS, int(FILES_SHARE * left / max(self.pace["files_s"], 1e-3))))
@@ -257,11 +293,13 @@ class _Run:
             place = self.folder / "trials" / _stem(trial.name)
             if trial.hint is None and not self.clock.interrupted:
                 self.progress.tell(f"a short recovery of {trial.name}")
-                trainer = self._trainer(self._restore(place / "model"), RATES[1])
-                with suppress(Diverged):
+                trainer = self._trainer(self._restore(place / "model"), lr=HINT_RATE)
+                with suppress(Exception):  # what cannot be trained is judged as it is
                     trainer.train(seconds=seconds / len(near), schedule="linear", stop=lambda: self.clock.interrupted)
                 with trainer.averaged():
                     trial.hint = self.calibration.score(trainer.model, limit=SCREENED)
+                    if self.sign * trial.hint > self.sign * float(trial.val or 0):
+                        save(trainer.model, place / "hinted")
                 write_json(place / "trial.json", plain(asdict(trial)))
         worth = {id(t): self.sign * float((t.val if t.hint is None else t.hint) or 0) for t in near}
         near.sort(key=lambda t: (math.isnan(worth[id(t)]), -worth[id(t)]))
@@ -275,6 +313,10 @@ class _Run:
         if not self.budget:
             return [{"macs": 0.6}]
         wanted = {k: limit / float(before.cost[k] or limit) for k, limit in self._aims().items() if k in COSTS}
+        if "memory" in self.budget:
+            # Trials do not measure memory; most of it is the file's own weights.
+            share = self.budget["memory"] / float(before.cost["memory"] or self.budget["memory"])
+            wanted["size"] = min(share, wanted.get("size", 1.0))
         found = [wanted]
         if small is not None and small.status != "rolled back":
             with_int8 = {
@@ -286,23 +328,23 @@ class _Run:
             found = [with_int8] if all(v >= 1 for v in wanted.values()) else [with_int8, wanted]
         return [s for s in found if any(v < 1 for v in s.values())][:2]
 
-    def _try(self, parts: list[tuple[str, float]], target: dict[str, float], before: Point) -> Trial | None:
+    def _attempts(self, parts: list[tuple[str, float]], target: dict[str, float], before: Point) -> Iterator[Trial]:
         """Runs passes at the strength that brings the exported file to `target`; two corrections of the guess.
 
         `parts` are passes with the share of the way each goes, in logarithms.
         """
         worst = min(target.values(), default=0.6)
         keep, kept = worst, 1.0
-        best: Trial | None = None
         for attempt in range(3):
             recipe = [
                 {"pass": name, "keep": round(max(LEAST_KEEP, keep**power), 4), **SETTINGS.get(name, {})}
                 for name, power in parts
             ]
             trial = self._trial(recipe, before)
+            yield trial
             if trial.status == "failed":
                 if attempt == 0:
-                    return trial
+                    break
                 # A correction may ask for more than a pass can take away.
                 keep = math.sqrt(keep * kept)
                 continue
@@ -311,8 +353,6 @@ class _Run:
                 (float(trial.cost[k] or 0) / float(before.cost[k] or 1) / share for k, share in target.items()),
                 default=1.0,
             )
-            if ratio <= 1 and (best is None or (trial.val or 0) * self.sign >= (best.val or 0) * self.sign):
-                best = trial
             if 1 - CLOSE <= ratio <= 1 or attempt == 2 or keep <= LEAST_KEEP:
                 break
             # The cost is about a fixed part and a part that `keep` scales.
@@ -320,7 +360,6 @@ class _Run:
             if share >= 1:
                 break
             keep = min(1.0, max(LEAST_KEEP, 1 - (1 - worst * (1 - CLOSE / 2)) / (1 - share) * (1 - keep)))
-        return best
 
     def _trial(self, recipe: list[dict[str, Any]], before: Point) -> Trial:
         name = "+".join(f"{e['pass']}-{e['keep']:.3f}" if "keep" in e else e["pass"] for e in recipe)
@@ -329,14 +368,11 @@ class _Run:
         done = next((t for t in self.trials if t.name == name), None)
         if done is not None:
             return done
-        if file.exists():
-            trial = Trial(**read_json(file))
-            self.trials.append(trial)
-            return trial
         self.progress.tell(f"trying {name}")
         begun = time.perf_counter()
         trial = Trial(name, recipe)
-        self.calibration.seconds = max(30.0, 0.5 * (SCREEN_BY * self.clock.total - self.clock.used))
+        left = 0.5 * (SCREEN_BY * self.clock.total - self.clock.used)
+        self.calibration.seconds = max(self._least, left)
         try:
             model = self._apply(recipe)
             trial.report = dict(getattr(model, "shrink_report", {}))
@@ -348,8 +384,8 @@ class _Run:
                 save(model, place / "model")
         except Unsupported as error:
             trial.status, trial.why = "failed", f"cannot handle this model: {error}"
-        except (RuntimeError, ValueError) as error:  # a pass that breaks on a model must not end the others
-            trial.status, trial.why = "failed", str(error).splitlines()[0]
+        except Exception as error:  # a pass that breaks on a model must not end the others
+            trial.status, trial.why = "failed", first_line(error)
         trial.seconds = round(time.perf_counter() - begun, 2)
         self.trials.append(trial)
         write_json(file, plain(asdict(trial)))
@@ -384,6 +420,34 @@ class _Run:
         work = macs(model, one).total
         return {"latency": median, "memory": None, "size": size, "params": parameters(model), "macs": work}
 
+    def _stack(self, target: dict[str, float], before: Point) -> list[tuple[str, float]]:
+        """Passes that lose least for what they save, as many as the target needs; none where one alone is enough.
+
+        A pass that reaches only some of the work (the words, the products) is kind for its share and ruinous beyond.
+        """
+        cost, wanted = min(target.items(), key=lambda item: item[1])
+        whole = self.calibration.score(self.model, limit=SCREENED)
+        priced: dict[str, tuple[float, float, str]] = {}
+        for trial in self.trials:
+            share = float(trial.cost.get(cost) or 0) / float(before.cost[cost] or 1)
+            if trial.val is None or len(trial.recipe) > 1 or not 0 < share < WORTH:
+                continue
+            loss = max(0.0, self.sign * (whole - trial.val)) / max(abs(whole), 1e-9)
+            name = trial.recipe[0]["pass"]
+            family = find_pass(name).family
+            price = (loss + LEAST_LOSS) / -math.log(share)
+            # Words and products are factorised each by itself.
+            place = name if family == "factorisation" else family
+            priced[place] = min(priced.get(place, (math.inf, 0.0, "")), (price, share, name))
+        chosen, left = [], 1.0
+        for _, share, name in sorted(priced.values()):
+            if left <= wanted:
+                break
+            chosen.append(name)
+            left *= share
+        chosen.sort(key=lambda name: ORDER.index(find_pass(name).family))
+        return [(name, 1.0) for name in chosen] if len(chosen) > 1 else []
+
     def _combine(self, target: dict[str, float], before: Point, screen_by: float) -> None:
         """The two passes of different families that lost least, each going half of the way."""
         best: dict[str, Trial] = {}
@@ -397,7 +461,9 @@ class _Run:
                 return
             # Tokens last: what a pruned part is worth is better seen with all of them.
             pair = sorted((a, b), key=lambda t: find_pass(t.recipe[0]["pass"]).family == "token reduction")
-            self._try([(t.recipe[0]["pass"], 0.5) for t in pair], target, before)
+            for _ in self._attempts([(t.recipe[0]["pass"], 0.5) for t in pair], target, before):
+                if self.clock.over(screen_by):
+                    return
 
     def _ranked(self) -> list[Trial]:
         """Trials that are within reach of the budget as some file, best first; those the gate will reject last."""
@@ -428,88 +494,79 @@ class _Run:
         place = self.folder / "finalists" / _stem(trial.name)
         if not (place / "done.json").exists():
             self.progress.tell(f"recovering {trial.name}")
-            model = self._restore(self.folder / "trials" / _stem(trial.name) / "model")
-            untrained = self.calibration.score(model, limit=None)
+            tried = self.folder / "trials" / _stem(trial.name)
+            untrained = self.calibration.score(self._restore(tried / "model"), limit=None)
+            # A short recovery that helped is gone on from.
+            model = self._restore(tried / ("hinted" if (tried / "hinted" / "model.safetensors").exists() else "model"))
             begun = time.perf_counter()
-            steps = self._recover(model, seconds, place / "state.pt")
-            val = self.calibration.score(model, limit=None)
+            steps, val, failed = 0, untrained, ""
+            try:
+                steps = self._recover(model, seconds, place)
+                val = self.calibration.score(model, limit=None)
+            except Exception as error:  # a module that cannot be trained is left as the pass made it
+                failed = first_line(error)
             kept = self.sign * val > self.sign * untrained
-            if not kept:
-                model = self._restore(self.folder / "trials" / _stem(trial.name) / "model")
-            save(model, place / "model")
+            save(model if kept else self._restore(tried / "model"), place / "model")
             words = {"steps": steps, "seconds": round(time.perf_counter() - begun, 1), "untrained": untrained}
-            write_json(place / "done.json", {**words, "val": val, "kept": kept})
-            (place / "state.pt").unlink(missing_ok=True)
+            write_json(place / "done.json", plain({**words, "val": val, "kept": kept, "failed": failed}))
+            (place / "best.pt").unlink(missing_ok=True)
         done = read_json(place / "done.json")
         trial.status = "finished"
-        trial.why = (
-            f"{done['steps']} steps of recovery in {done['seconds']:.0f} s: {self.task.metric} "
-            f"{done['untrained']:.4f} to {done['val']:.4f}" + ("" if done["kept"] else ", not kept")
-        )
+        if done.get("failed"):
+            trial.why = f"recovery was not possible: {done['failed']}"
+        else:
+            reached = "no number" if done["val"] is None else f"{done['val']:.4f}"
+            trial.why = (
+                f"{done['steps']} steps of recovery in {done['seconds']:.0f} s: {self.task.metric} "
+                f"{done['untrained']:.4f} to {reached}" + ("" if done["kept"] else ", not kept")
+            )
         self._points(trial.name, lambda: self._restore(place / "model"), gated=before, recipe=trial.recipe)
 
-    def _recover(self, model: nn.Module, seconds: float, state: Path, **taught: Any) -> int:
-        """Trains `model` with the model as it came for a teacher, at the rate that did best in a short trial.
-
-        `taught` are the keywords of `objective`, where more than the answers is to be learnt.
-        """
+    def _recover(self, model: nn.Module, seconds: float, place: Path, **taught: Any) -> int:
+        """Trains `model` with the model as it came for a teacher; `taught` are keywords of `objective`, if any."""
         if seconds < 2:
             return 0
-        rate = state.with_name("rate.json")
-        if not rate.exists():
-            scores = {}
-            size = self._batch_size(model)
-            for lr in RATES:
-                probe = self._trainer(copy.deepcopy(model), lr, size, **taught)
-                with suppress(Diverged):
-                    probe.train(seconds=PROBED * seconds, schedule="linear", stop=lambda: self.clock.interrupted)
-                with probe.averaged():
-                    scores[lr] = self.sign * self.calibration.score(probe.model, limit=SCREENED)
-            best = max(scores, key=lambda lr: (not math.isnan(scores[lr]), scores[lr]))
-            write_json(rate, {"lr": best, "batch_size": size})
-        trainer = self._trainer(model, **read_json(rate), **taught)
-        if state.exists():
-            trainer.load(state)
-        last = time.perf_counter()
+        one_s = self.pace["test_s"] / 2 / len(self.data.test)
+        limit = max(SCREENED, int(LOOK_SHARE * seconds / max(one_s, 1e-9)))
+        return recover_in_rounds(
+            model,
+            place,
+            seconds=seconds,
+            make=partial(self._trainer, **taught),
+            score=lambda m: self.sign * self.calibration.score(m, limit=limit),
+            stop=lambda: self.clock.interrupted,
+        )
 
-        def on_step(loss: float) -> None:
-            nonlocal last
-            if time.perf_counter() - last > 15:
-                last = time.perf_counter()
-                trainer.save(state)
-
-        left = seconds * (1 - len(RATES) * PROBED)
-        with suppress(Diverged):  # what is left is scored, and not kept
-            trainer.train(seconds=left, schedule="linear", on_step=on_step, stop=lambda: self.clock.interrupted)
-        if trainer.ema is not None and trainer.ema.steps:
-            trainer.ema.swap()
-        model.eval()
-        return trainer.steps
-
-    def _batch_size(self, model: nn.Module) -> int:
-        """The largest of `BATCHES` at which a sample takes clearly less time than at the one before."""
-        best, before = BATCHES[0], math.inf
-        for size in BATCHES:
-            if 8 * size > len(self.data.train):
-                break
-            trainer = self._trainer(copy.deepcopy(model), RATES[0], size)
-            trainer.train(steps=1)
-            begun = time.perf_counter()
-            trainer.train(steps=3)
-            each = (time.perf_counter() - begun) / (2 * size)
-            if each > PAYS * before:
-                break
-            best, before = size, each
-        return best
-
-    def _trainer(self, model: nn.Module, lr: float, batch_size: int = BATCHES[0], **taught: Any) -> Trainer:
-        settings: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "ema": 0.98, "precision": "auto"}
+    def _trainer(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        batch_size: int = BATCHES[0],
+        precision: Precision = "auto",
+        seed: int = 0,
+        **taught: Any,
+    ) -> Trainer:
+        precision = precision if self.mixed else "float32"
+        settings: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "ema": 0.98, "precision": precision}
+        settings["seed"] = self.options.seed + seed
         if taught:
             how = objective(
                 student=model, teacher=self.model, task=self.task, inputs=self.calibration.example(4), **taught
             )
             return self.calibration.trainer(model, objective=how, **settings)
         return self.calibration.trainer(model, teacher=self.model, **settings)
+
+    @cached_property
+    def mixed(self) -> bool:
+        """Whether the model runs in mixed precision, as the code of others may not."""
+        device = next(self.model.parameters()).device
+        try:
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                self.model(*(x.to(device) for x in self.calibration.example(2)))
+        except Exception:
+            return False
+        return True
 
     def _recipe(self, before: Point, recipe: list[dict[str, Any]]) -> None:
         """The user's own passes in order; `recover` trains, and each step's files are made and gated."""
@@ -520,19 +577,20 @@ class _Run:
             if entry["pass"] == "int8":
                 continue  # each step's file is made as int8 too
             place = self.folder / "steps" / _stem(name) / "model"
-            if place.exists():
+            if (place / "model.safetensors").exists():  # what is saved last
                 changed = self._restore(place)
-            elif entry["pass"] == "recover":
-                self.progress.tell(f"step {name}")
-                changed = self._restore(save(model, place.with_name("from")))
-                share = max(0.0, TRAINED_BY * self.clock.total - self.clock.used)
-                seconds = float(settings.pop("seconds", share))
-                self._recover(changed, seconds, place.with_name("state.pt"), **settings)
             else:
                 self.progress.tell(f"step {name}")
-                left = Calibration(self.task, self.data, max(30.0, self.clock.left * 0.7), self.options.seed)
-                changed, _ = run_pass(entry["pass"], model, left, **settings)
-            save(changed, place)
+                try:
+                    changed = self._step(entry["pass"], model, place, settings)
+                except Unsupported as error:
+                    why = f"cannot handle this model: {error}"
+                    self.trials.append(Trial(name, [entry], status="failed", why=why))
+                    continue
+                except Exception as error:
+                    raise ValueError(f"step {name} of the recipe: {first_line(error)}") from error
+                save(changed, place)
+                place.with_name("best.pt").unlink(missing_ok=True)
             done.append(entry)
             points = self._points(name, partial(_same, changed), gated=None, recipe=done)
             if entry["pass"] != "recover" and points[0].status != "rolled back":
@@ -541,11 +599,28 @@ class _Run:
                     done.pop()
                     continue
             model, last, self.last = changed, points[0], name
+        if self.trials and not done and not any(entry["pass"] == "int8" for entry in recipe):
+            raise ValueError("nothing of the recipe was done; " + "; ".join(f"{t.name} {t.why}" for t in self.trials))
+
+    def _step(self, name: str, model: nn.Module, place: Path, settings: dict[str, Any]) -> nn.Module:
+        """What a line of a recipe makes of `model`."""
+        if name != "recover":
+            seconds = max(self._least, self.clock.left * 0.7)
+            return run_pass(name, model, Calibration(self.task, self.data, seconds, self.options.seed), **settings)[0]
+        changed = self._restore(save(model, place.with_name("from")))
+        share = max(0.0, TRAINED_BY * self.clock.total - self.clock.used)
+        self._recover(changed, float(settings.pop("seconds", share)), place.parent, **settings)
+        return changed
+
+    @property
+    def _least(self) -> float:
+        """Seconds a pass may take however late it is."""
+        return min(30.0, LEAST_SHARE * self.clock.total)
 
     # --- models on disk ---------------------------------------------------------------------------------------------
 
     def _restore(self, place: Path) -> nn.Module:
-        return load(place, None if hasattr(self.model, "config") else self.model)
+        return load(place, None if built_by_name(self.model) else self.model)
 
     # --- what is written --------------------------------------------------------------------------------------------
 
@@ -555,7 +630,8 @@ class _Run:
         offered = [p for p in points if self.options.recipe is None or p.name == self.last] or points
         # What cannot be told from the best is preferred where less was done to it: a model trained on these data may
         # have lost what they do not show.
-        noise = metric_noise(self.task, [p.val for p in offered], len(self.data.val))
+        values = [p.val for p in offered if math.isfinite(p.val)]
+        noise = metric_noise(self.task, values, len(self.data.val))
         prefer: Literal["fastest", "least changed"] = "least changed" if self.budget else "fastest"
         winner, closest = choose(offered, self.budget, maximise=self.task.maximise, noise=noise, prefer=prefer)
         chosen = winner or closest or before
@@ -617,7 +693,13 @@ class _Run:
             "interrupted": self.clock.interrupted,
             "device": device_info(),
             "trials": [asdict(t) for t in self.trials],
+            "left_out": [f"{t.name} {t.why}" for t in self.trials] if self.options.recipe is not None else [],
         }
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says in one line, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _same(model: nn.Module) -> nn.Module:

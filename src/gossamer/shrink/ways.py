@@ -17,6 +17,8 @@ from gossamer.shrink.base import Calibration, Unsupported, passes, run_pass
 TRIED = ("optin", "greenformers", "depth", "merging", "word_tables", "latency_widths", "magnitude", "dependency")
 # What they are called with beyond `keep`, where it is not their default.
 SETTINGS: dict[str, dict[str, Any]] = {"greenformers": {"solver": "whitened"}}
+# In which order those of several families are done.
+ORDER = ("depth", "structured pruning", "factorisation", "token reduction")
 SCREENED = 500  # validation items a trial is judged by
 LEAST_LOSS = 0.002  # two losses below this share of the metric are the same
 WORTH = 0.95  # a model with more than this share of its multiply-adds was not made smaller
