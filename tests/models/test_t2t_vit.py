@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from gossamer import catalogue, measure
 from gossamer.io import export_onnx, load_weights, save_weights
-from gossamer.layers import Conv
+from gossamer.layers import Conv, PatchEmbed
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
 from gossamer.models.registry import system
@@ -132,6 +132,53 @@ def test_performer_splits_cost_linearly_with_pixels_and_softmax_splits_quadratic
             ratio[kind] = macs(part, 1, 112, 112, 147) / macs(part, 1, 56, 56, 147)
     assert ratio["performer"] == pytest.approx(4, rel=1e-3)
     assert ratio["softmax"] > 14
+
+
+def lines(count: int) -> tuple[Tensor, Tensor]:
+    """A dozen short lines, light or dark, anywhere, all near one of four directions, which is the label."""
+    label = torch.randint(4, (count,))
+    at = torch.arange(32.0)
+    image = 0.1 * torch.randn(count, 32, 32)
+    for _ in range(12):
+        angle = torch.pi / 4 * (label + 0.8 * (torch.rand(count) - 0.5))
+        sine, cosine = angle.sin()[:, None, None], angle.cos()[:, None, None]
+        down, right = at[:, None] - torch.randint(4, 28, (count, 1, 1)), at - torch.randint(4, 28, (count, 1, 1))
+        across, along = (down * cosine - right * sine).abs(), (down * sine + right * cosine).abs()
+        sign = torch.randint(2, (count, 1, 1)) * 2 - 1
+        image += sign * (1.5 - across).clamp(0, 1) * (4.5 - along).clamp(0, 1)
+    return image[:, None], label
+
+
+def learns_lines(seed: int, *, patches: bool, **body: int) -> tuple[float, int]:
+    """Accuracy on new images after 60 steps, and what the model costs."""
+    torch.manual_seed(seed)
+    settings = {**TINY, "dim": 48, "token_dim": 16, "in_chans": 1, "num_classes": 4, "init_std": None, **body}
+    model = create_model(SLUG, **settings, img_size=32)
+    if patches:
+        model.stem.embed = PatchEmbed(1, settings["dim"], 16)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 4e-3, weight_decay=0.05)
+    warm = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1, (step + 1) / 20))
+    for _ in range(60):
+        image, label = lines(64)
+        loss = nn.functional.cross_entropy(model(image), label)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        warm.step()
+    model.eval()
+    image, label = lines(512)
+    with torch.no_grad():
+        right = (model(image).argmax(1) == label).double().mean().item()
+    return right, macs(model.to("meta"), 1, 1, 32, 32)
+
+
+def test_splits_see_lines_that_patches_blur_whether_of_an_equal_body_or_of_an_equal_cost() -> None:
+    split, cost = learns_lines(0, patches=False)
+    patched, _ = learns_lines(0, patches=True)
+    larger, at_least = learns_lines(0, patches=True, dim=64, heads=4, depth=4)
+    assert at_least > cost
+    assert split > 0.93
+    assert max(patched, larger) < split - 0.03
 
 
 def test_table_and_features_are_fixed_and_survive_saving(tmp_path) -> None:

@@ -166,13 +166,12 @@ class Decoder(nn.Module):
 def gradcat(
     model: nn.Module, image: Float[Tensor, "b i height width"], label: Int[Tensor, " b"] | None = None
 ) -> Int[Tensor, "b levels"]:
-    """The path through the tree of blocks that a class score owes most to (the paper's algorithm 1).
+    """The path through the tree of blocks that a class score owes most to (after the paper's algorithm 1).
 
-    At each node, `argmax_children mean(sum_c A d score / d A)` over the map `A` that the children gave to their
-    aggregation. Positive products count here; the authors' repository has no code for it.
-
-    A hint rather than a proof: the norm behind an aggregation makes these products nearly cancel over what it reads,
-    and in small models they often point to another quadrant than the one where the object was planted.
+    At each node, `argmax_children mean(sum_c max(A d score / d A, 0))` over the map `A` that the children gave to their
+    aggregation. The paper sums the products themselves. A norm follows the aggregation's convolution, and no score
+    depends on the length of what a norm reads, so that the products cancel just where the evidence lies; their positive
+    part does not. A class that a model answers for want of evidence has none to be found.
 
     Args:
         model: a NesT.
@@ -195,7 +194,7 @@ def gradcat(
     path = []
     for depth, (x, gradient) in enumerate(zip(reversed(maps[:-1]), reversed(gradients), strict=True)):
         cells = 2 ** (depth + 1)
-        owed = F.adaptive_avg_pool2d((x * gradient).sum(-1)[:, None], cells)[:, 0].detach()
+        owed = F.adaptive_avg_pool2d((x * gradient).clamp(min=0).sum(-1)[:, None], cells)[:, 0].detach()
         children = owed.view(-1, cells // 2, 2, cells // 2, 2)[batch, row, :, column].flatten(1)
         child = children.argmax(1)
         row, column = 2 * row + child // 2, 2 * column + child % 2
