@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import gossamer
 from gossamer.cli import app
-from gossamer.io import export_onnx, quantize_onnx, read_json, write_json
+from gossamer.io import export_onnx, onnx_session, quantize_onnx, read_json, write_json
 from gossamer.models.folder import save
 from gossamer.shrink.artefacts import calibration_feeds
 from gossamer.shrink.base import passes, run_pass
@@ -160,3 +160,30 @@ def test_what_a_run_writes_is_taken_back(names):
     written = as_written(recipe)
     assert check_recipe(written) == recipe
     assert isinstance(written, dict) == (names[0] == "low_bits")
+
+
+
+def test_every_stage_together_makes_a_small_classifier_four_times_smaller_for_less_than_three_points(tmp_path):
+    calibration = digits()
+    dense = learned(vision(dim=96, depth=2, heads=4), calibration, steps=250, lr=1.5e-3)
+    recipe = check_recipe(read_recipe("tiny_demo"))
+    assert [entry["pass"] for entry in recipe] == ["pre_rmsnorm", "greenformers", "recover", "int8"]
+    small, x = dense, calibration.example(64)
+    for entry in recipe[:2]:
+        small, _ = run_pass(entry["pass"], small, calibration, **{k: v for k, v in entry.items() if k != "pass"})
+    calibration.trainer(small, teacher=dense, lr=1e-3, ema=0.0).train(steps=60, schedule="linear")
+    whole, floats, last = (tmp_path / f"{name}.onnx" for name in ("dense", "floats", "int8"))
+    export_onnx(dense, x, whole, exporter="fast")
+    export_onnx(small.eval(), x, floats, exporter="fast")
+    quantize_onnx(floats, last, calibration_feeds(floats, [x]), mode="dynamic")
+    assert whole.stat().st_size > 4 * last.stat().st_size
+    right = []
+    for path in (whole, last):
+        session = onnx_session(path)
+        found = [
+            torch.from_numpy(session.run(None, {"input": inputs[0].numpy()})[0]).argmax(-1) == target
+            for inputs, target in calibration.batches(10_000, split="val")
+        ]
+        right.append(float(torch.cat(found).float().mean()))
+    assert right[0] > 0.75
+    assert right[1] > right[0] - 0.03, right
