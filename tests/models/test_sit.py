@@ -149,6 +149,22 @@ def test_images_a_patch_does_not_divide_are_refused_or_filled_up_and_cut_again()
     assert model(x)[1].shape == x.shape
 
 
+def test_turns_are_told_from_the_class_token_by_a_head_that_no_released_file_has() -> None:
+    model = create_model("sit_tiny_pipeline", **PIPELINE, rotations=True).eval()
+    head = {key: value.clone() for key, value in model.turn.state_dict().items()}
+    load_official(model, seeded_state(official_shapes()))
+    assert all(torch.equal(value, head[key]) for key, value in model.turn.state_dict().items())
+    x = torch.randn(2, 3, 12, 20)
+    compared, painted, scores = model(x)
+    assert scores.shape == (2, 4)
+    torch.testing.assert_close(scores, model.backbone.encode(x)[0][:, 0] @ head["weight"].T + head["bias"])
+    plain = load_official(create_model("sit_tiny_pipeline", **PIPELINE), seeded_state(official_shapes())).eval()
+    for one, two in zip((compared, painted), plain(x), strict=True):
+        torch.testing.assert_close(one, two)
+    with pytest.raises(ValueError, match="give pretrain=True"):
+        create_model("sit_tiny", rotations=True)
+
+
 def test_what_is_no_vit_with_a_class_token_cannot_be_pretrained() -> None:
     with pytest.raises(ValueError, match=r"class token.*got cct_2_3x2_32"):
         SiT(create_model("cct_2_3x2_32"))

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from gossamer.cli import app
 from gossamer.data import read_dataset
+from gossamer.data.base import Split
 from gossamer.layers.init import init_by_width
 from gossamer.models import create_model
 from gossamer.models.sit import SiT
@@ -27,6 +28,7 @@ from gossamer.train.pretrain import (
     neighbours_accuracy,
     pretrain,
     reconstruction,
+    turned,
     view_of,
 )
 
@@ -157,29 +159,103 @@ def test_the_loss_is_the_same_whichever_view_comes_first_and_weighs_the_reconstr
 
 
 def test_the_teacher_has_no_gradient_drops_nothing_and_follows_by_its_momentum() -> None:
-    network = tiny_pretrainer().train()
+    network = tiny_pretrainer().train().double()
     changed = torch.ones(4, 2, 1, 8, 8, dtype=torch.bool)
-    views = torch.randn(4, 2, 3, 8, 8)
+    views = torch.randn(4, 2, 3, 8, 8).double()
     network(views, views, changed).backward()
     assert all(p.grad is None and not p.requires_grad for p in network.teacher.parameters())
     assert any(p.grad is not None and bool(p.grad.any()) for p in network.student.parameters())
     torch.testing.assert_close(network.teacher.compare(views[:, 0]), network.teacher.compare(views[:, 0]))
     average = MovingAverage(network.student, MOMENTUM, into=network.teacher)
-    before = [p.detach().double() for p in network.teacher.parameters()]
+    before = [p.detach().clone() for p in network.teacher.parameters()]
     with torch.no_grad():
         for p in network.student.parameters():
             p.add_(torch.randn_like(p))
     average.update(0.9)
     pairs = zip(network.teacher.parameters(), network.student.parameters(), strict=True)
     for old, (teacher, student) in zip(before, pairs, strict=True):
-        expected = 0.9 * old + 0.1 * student.detach().double()
-        torch.testing.assert_close(teacher.detach().double(), expected, atol=3e-7, rtol=0)
+        torch.testing.assert_close(teacher.detach(), 0.9 * old + 0.1 * student.detach(), atol=1e-7, rtol=0)
 
 
 def test_the_momentum_rises_from_0_996_to_1_as_a_cosine() -> None:
     assert momentum(0.0) == pytest.approx(0.996)
     assert momentum(0.5) == pytest.approx(0.998)
     assert momentum(1.0) == 1.0
+
+
+# --- rotations ---
+
+
+def test_images_are_turned_by_the_quarters_they_are_asked_for() -> None:
+    x = torch.arange(2 * 9.0).view(1, 2, 3, 3).repeat(4, 1, 1, 1)
+    y = turned(x, torch.arange(4))
+    # Counter-clockwise: the right column comes to lie on top.
+    assert torch.equal(y[1, :, 0], x[1, :, :, 2])
+    assert torch.equal(y[2], x[2].flip(1, 2))
+    assert torch.equal(turned(y, -torch.arange(4) % 4), x)
+
+
+def test_views_are_turned_before_they_are_corrupted_and_all_four_ways() -> None:
+    spec, meta = (
+        {"img_size": (8, 8), "in_chans": 1, "num_classes": 2},
+        {"mean": [0.0], "std": [1.0], "classes": ["a", "b"]},
+    )
+    images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(60, 1, 1, 1) * 3
+    split = Split((images,), torch.zeros(60, dtype=torch.long))
+    task = Views(spec, meta, rotations=True)
+    (views, bad, changed, turns), _ = task.batch(split, torch.arange(60), train=True, generator=draw())
+    assert turns.shape == (60, 2)
+    assert {int(n) for n in turns.unique()} == {0, 1, 2, 3}
+    # Both views of an image are turned by themselves.
+    assert 5 < int((turns[:, 0] == turns[:, 1]).sum()) < 30
+    assert torch.equal(torch.where(changed, views, bad), views)
+    # Rows are brighter further down; turned back, they are again. A second view may be solarised.
+    for i, share in ((0, 0.95), (1, 0.7)):
+        for x, rises in ((views[:, i], False), (turned(views[:, i], -turns[:, i] % 4), True)):
+            rows = x[:, 0].mean(2)
+            assert bool((rows[:, -1] > rows[:, 0] + 0.05).float().mean() > share) == rises
+    with pytest.raises(ValueError, match=r"only square images .*8x9"):
+        Views({**spec, "img_size": (8, 9)}, meta, rotations=True)
+
+
+def test_with_rotations_the_losses_are_weighed_by_what_is_learnt_of_their_uncertainty() -> None:
+    torch.manual_seed(0)
+    model = create_model("sit_tiny", **TINY, img_size=8)
+    network = Pretrainer(SiT(model, hidden=12, out=5, rotations=True)).eval()
+    views, bad = torch.randn(2, 6, 2, 3, 8, 8)
+    changed, turns = torch.rand(6, 2, 1, 8, 8) < 0.5, torch.randint(4, (6, 2))
+    with torch.no_grad():
+        network.spread.copy_(torch.tensor([0.3, -0.7, 1.1]))
+    loss = network(views, bad, changed, turns)
+    rotation = 0.0
+    for i in (0, 1):
+        scores = network.student(bad[:, i])[2].log_softmax(-1)
+        rotation -= float(scores[torch.arange(6), turns[:, i]].mean()) / 2
+    found = network.losses
+    assert found["rotation"] == pytest.approx(rotation, rel=1e-5)
+    parts = zip((0.3, -0.7, 1.1), (found["contrast"], found["reconstruction"], rotation), strict=True)
+    assert loss.item() == pytest.approx(sum(math.exp(-s) * part + s for s, part in parts), rel=1e-5)
+    loss.backward()
+    # Where exp(s) is below a loss, s grows.
+    wanted = [math.exp(s) < found[name] for s, name in zip((0.3, -0.7, 1.1), found, strict=True)]
+    assert [bool(g < 0) for g in network.spread.grad] == wanted
+
+
+def test_turns_are_learnt(tmp_path, digits) -> None:
+    torch.manual_seed(0)
+    # Brighter from row to row: a look tells how such an image is turned.
+    ramp = torch.arange(0, 256, 32).view(8, 1) // 2 + torch.randint(128, (256, 1, 8, 8))
+    images = replace(digits.train, inputs=(ramp.to(torch.uint8),), targets=digits.train.targets[:256], names=None)
+    model = create_model("sit_tiny", **digits.spec, dim=32, depth=1, heads=2, patch=2, drop_path=0.0)
+    init_by_width(model)
+    settings = {"precision": "float32", "batch_size": 32, "lr": 3e-3}
+    words = {"epochs": 8, "share": 0.25, "replaced": 0.1, "hidden": 64, "settings": settings}
+    result = pretrain(model, replace(digits, train=images), tmp_path, rotations=True, **words)
+    assert set(result["last"]) == {"contrast", "reconstruction", "rotation"}
+    # By chance: log 4 = 1.39.
+    assert result["first"]["rotation"] > 1.2
+    assert result["last"]["rotation"] < 1.3
+    assert result["last"]["reconstruction"] < result["first"]["reconstruction"]
 
 
 # --- views ---

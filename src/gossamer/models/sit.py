@@ -9,7 +9,9 @@ Source: Ahmed et al. 2021, "SiT: Self-supervised vIsion Transformer".
   `gossamer.train.pretrain`
 - built from a description of the method, not from the authors' GPL code; checkpoints of it load, a whole one into
   either form
-- the paper's first version also predicted rotations; the released method, and this one, do not
+- `rotations=True` adds the task of the paper's first version, by how many quarter turns an image was rotated; the
+  released code no longer has it. There a token of its own is read for it, here the class token, so that the ViT that
+  is left is the same
 """
 
 from typing import Any
@@ -23,6 +25,9 @@ from gossamer.layers.heads import mean_pool
 from gossamer.layers.init import init_transformer
 from gossamer.models.registry import State, register_system, system
 from gossamer.models.vit import vit
+
+TURNS = 4
+"""Quarter turns an image can be rotated by."""
 
 
 class FineTuneHead(nn.Module):
@@ -82,12 +87,13 @@ class SiT(nn.Module):
     Args:
         backbone: `Isotropic` on a sequence of tokens with a class token in front.
         hidden, out: of the contrast head.
+        rotations: score the four turns of an image as well.
 
     Raises:
         ValueError: `backbone` is no such network.
     """
 
-    def __init__(self, backbone: nn.Module, *, hidden: int = 4096, out: int = 256) -> None:
+    def __init__(self, backbone: nn.Module, *, hidden: int = 4096, out: int = 256, rotations: bool = False) -> None:
         super().__init__()
         stem = getattr(backbone, "stem", None)
         if not getattr(stem, "flat", False) or getattr(stem, "tokens", None) is None:
@@ -100,16 +106,23 @@ class SiT(nn.Module):
         self.backbone: Any = backbone
         self.contrast = ContrastHead(conv.out_channels, hidden=hidden, out=out)
         self.reconstruct = ReconstructionHead(conv.out_channels, conv.in_channels, conv.kernel_size[0])
+        self.turn = nn.Linear(conv.out_channels, TURNS) if rotations else None
 
     def forward(
         self, image: Float[Tensor, "b i height width"]
-    ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b i height width"]]:
-        """What is compared, and the image painted back."""
+    ) -> (
+        tuple[Float[Tensor, "b k"], Float[Tensor, "b i height width"]]
+        | tuple[Float[Tensor, "b k"], Float[Tensor, "b i height width"], Float[Tensor, "b 4"]]
+    ):
+        """What is compared, the image painted back and, with `rotations`, the scores of its turns."""
         tokens, _ = self.backbone.encode(image)
         h, w = self.backbone.stem.grid
         painted = self.reconstruct(tokens[:, -h * w :].unflatten(1, (h, w)))
         # Images that were filled up to whole patches are cut off again.
-        return self.contrast(tokens[:, 0]), painted[..., : image.shape[2], : image.shape[3]]
+        painted = painted[..., : image.shape[2], : image.shape[3]]
+        if self.turn is None:
+            return self.contrast(tokens[:, 0]), painted
+        return self.contrast(tokens[:, 0]), painted, self.turn(tokens[:, 0])
 
     def compare(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b k"]:
         """What is compared, alone: all that a teacher is asked for."""
@@ -122,6 +135,8 @@ def _convert(model: Any, state: State) -> State:
     convert = system("deit").convert
     assert convert is not None
     if isinstance(model, SiT):
+        # No released file knows of turns: that head stays as it was made.
+        heads |= {key: value for key, value in model.state_dict().items() if key.startswith("turn.")}
         return {**{f"backbone.{key}": value for key, value in convert(model.backbone, backbone).items()}, **heads}
     # The head for classes is new, as the authors begin it.
     own = {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
@@ -170,6 +185,7 @@ def sit(
     pretrain: bool = False,
     hidden: int = 4096,
     out: int = 256,
+    rotations: bool = False,
 ) -> nn.Module:
     """The ViT of SiT, for classes or as a backbone, or with its heads for pre-training.
 
@@ -177,15 +193,19 @@ def sit(
         num_classes: 0 gives the class token itself.
         pad: fill an image that `patch` does not divide up with zeros.
         pretrain: the pre-training network; `hidden` and `out` are the widths of its contrast head.
+        rotations: a head for the turns of an image too, in the pre-training network.
 
     Raises:
-        ValueError: `patch` does not divide the image and `pad` is False, or classes for a pre-training network.
+        ValueError: `patch` does not divide the image and `pad` is False, classes for a pre-training network, or
+            rotations for another.
     """
     if pretrain and num_classes:
         raise ValueError(
             f"a pre-training network has no classes, got num_classes={num_classes}; pre-train sit_tiny, sit_small or "
             "sit_base by train_model(…, pretrain=epochs)"
         )
+    if rotations and not pretrain:
+        raise ValueError("rotations are a task of the pre-training network; give pretrain=True")
     backbone: Any = vit(
         dim=dim,
         depth=depth,
@@ -199,7 +219,7 @@ def sit(
         drop_path=drop_path,
     )
     if pretrain:
-        model = SiT(backbone, hidden=hidden, out=out)
+        model = SiT(backbone, hidden=hidden, out=out, rotations=rotations)
         init_transformer(model)
         return model
     backbone.head = FineTuneHead(dim, num_classes) if num_classes else Classifier(dim, 0, pool="token")

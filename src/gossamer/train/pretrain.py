@@ -5,6 +5,9 @@ Source: Ahmed et al. 2021, "SiT: Self-supervised vIsion Transformer".
 - two views of each image; the student sees them corrupted, its teacher, a moving average of it, sees them whole
 - `L = contrast + weight * reconstruction`: the student's answer to one view picks the teacher's answer to the other
   out of the batch; the pixels that were taken away are painted back
+- `rotations=True` turns each view by a random number of quarter turns and asks for it too, as the paper's first version
+  did; the three losses are then weighted by what is learned of their uncertainty, `sum_i exp(-s_i) L_i + s_i` (Kendall
+  et al. 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses")
 - the loop is `Trainer`'s: devices, precision, order and resuming are those of every run
 - what is kept is the student's backbone: its learning rate has fallen to 0, while the teacher of a short run still
   remembers the initial weights; how good it is without labels is told by its nearest neighbours
@@ -31,7 +34,8 @@ from torch import Tensor, nn
 from gossamer.data.base import Dataset, Split
 from gossamer.io import load_weights, read_json, save_weights, write_json
 from gossamer.layers.blocks import DropPath
-from gossamer.models.sit import SiT
+from gossamer.layers.embed import pair
+from gossamer.models.sit import TURNS, SiT
 from gossamer.tasks.image_classification import ImageClassification
 from gossamer.train.corrupt import mixed_corruption
 from gossamer.train.ema import MovingAverage
@@ -84,7 +88,8 @@ class Pretrainer(nn.Module):
 
     Args:
         student: the network that learns.
-        weight: of the reconstruction in the sum; the authors suggest 5 for small data.
+        weight: of the reconstruction in the sum; the authors suggest 5 for small data. With rotations, all weights are
+            learned.
     """
 
     def __init__(self, student: SiT, *, weight: float = 1.0) -> None:
@@ -95,6 +100,8 @@ class Pretrainer(nn.Module):
             if isinstance(part, DropPath):
                 part.rate = 0.0
         self.weight = weight
+        # Logarithms of the losses' variances: of contrast, reconstruction and rotation.
+        self.spread = nn.Parameter(torch.zeros(3)) if student.turn is not None else None
         self.losses: dict[str, float] = {}
 
     def forward(
@@ -102,16 +109,23 @@ class Pretrainer(nn.Module):
         views: Float[Tensor, "b 2 c h w"],
         corrupted: Float[Tensor, "b 2 c h w"],
         changed: Bool[Tensor, "b 2 1 h w"],
+        turns: Int[Tensor, "b 2"] | None = None,
     ) -> Float[Tensor, ""]:
         with torch.no_grad():
             # A view at a time: batch norms look at one view.
             keys = [self.teacher.compare(views[:, i]) for i in (0, 1)]
         answers = [self.student(corrupted[:, i]) for i in (0, 1)]
         compared = _compared(answers[0][0], keys[1]) + _compared(answers[1][0], keys[0])
-        painted = torch.stack([image for _, image in answers], 1)
+        painted = torch.stack([answer[1] for answer in answers], 1)
         restored = reconstruction(painted.flatten(0, 1), views.flatten(0, 1), changed.flatten(0, 1))
         self.losses = {"contrast": float(compared.detach()), "reconstruction": float(restored.detach())}
-        return compared + self.weight * restored
+        if self.spread is None or turns is None:
+            return compared + self.weight * restored
+        scores = torch.cat([answer[2] for answer in answers]).float()
+        turned_by = F.cross_entropy(scores, turns.T.flatten())
+        self.losses["rotation"] = float(turned_by.detach())
+        parts = torch.stack((compared, restored.float(), turned_by))
+        return ((-self.spread).exp() * parts + self.spread).sum()
 
 
 def _compared(q: Tensor, k: Tensor) -> Tensor:
@@ -130,13 +144,27 @@ class Views(ImageClassification):
         share: of the pixels that are taken away.
         replaced: share that is exchanged with another image, in half of the images; 0 for none.
         align: grid of the corrupted blocks' borders, in pixels.
+        rotations: turn each view, and say by how many quarter turns.
+
+    Raises:
+        ValueError: rotations of images that are not square.
     """
 
     def __init__(
-        self, spec: dict[str, Any], meta: dict[str, Any], *, share: float = 0.5, replaced: float = 0.3, align: int = 1
+        self,
+        spec: dict[str, Any],
+        meta: dict[str, Any],
+        *,
+        share: float = 0.5,
+        replaced: float = 0.3,
+        align: int = 1,
+        rotations: bool = False,
     ) -> None:
         super().__init__(spec, meta)
-        self.share, self.replaced, self.align = share, replaced, align
+        height, width = pair(spec["img_size"])
+        if rotations and height != width:
+            raise ValueError(f"only square images can be turned by quarters (rotations), got {height}x{width}")
+        self.share, self.replaced, self.align, self.rotations = share, replaced, align, rotations
 
     def batch(  # type: ignore[override]
         self,
@@ -147,22 +175,29 @@ class Views(ImageClassification):
         strength: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """`(b, 2, …)` views, corrupted views and masks; the target is not used. Without `train`, as labels are read."""
+        """`(b, 2, …)` views, corrupted views, masks and turns; the target is not used.
+
+        Without `train`, as labels are read.
+        """
         if not train:
             return super().batch(split, index)
         x = split.inputs[0][index].float() / 255
         flip = bool(self.meta.get("flip"))
-        views, bad, changed = [], [], []
+        views, bad, changed, turns = [], [], [], []
         for second in (False, True):
             view = view_of(x, second=second, flip=flip, generator=generator)
             view = self.normalise_unit(view)
+            if self.rotations:
+                turns.append(torch.randint(TURNS, (len(x),), generator=generator))
+                view = turned(view, turns[-1])
             y, mask = mixed_corruption(
                 view, share=self.share, replaced=self.replaced, align=self.align, generator=generator
             )
             views.append(view)
             bad.append(y)
             changed.append(mask)
-        return (torch.stack(views, 1), torch.stack(bad, 1), torch.stack(changed, 1)), split.targets[index]
+        inputs = [torch.stack(parts, 1) for parts in (views, bad, changed, turns) if parts]
+        return tuple(inputs), split.targets[index]
 
     def normalise_unit(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """`(x - mean) / std` of images in [0, 1]."""
@@ -193,6 +228,14 @@ def view_of(
     if second:
         x = torch.where(chance(0.2) & (x >= 0.5), 1 - x, x)
     return x
+
+
+def turned(x: Float[Tensor, "b c s s"], turns: Int[Tensor, " b"]) -> Float[Tensor, "b c s s"]:
+    """Each image turned counter-clockwise by as many quarters as its entry of `turns` says."""
+    y = x
+    for quarters in range(1, TURNS):
+        y = torch.where((turns == quarters).view(-1, 1, 1, 1), x.rot90(quarters, (2, 3)), y)
+    return y
 
 
 def cut_out(x: Float[Tensor, "b c h w"], flip: bool, generator: torch.Generator | None) -> Float[Tensor, "b c h w"]:
@@ -256,6 +299,7 @@ def pretrain(
     share: float = 0.5,
     replaced: float = 0.3,
     align: int = 1,
+    rotations: bool = False,
     hidden: int = 4096,
     settings: dict[str, Any] | None = None,
     note: Callable[[int, int, dict[str, float]], None] = lambda step, total, losses: None,
@@ -267,16 +311,17 @@ def pretrain(
         epochs: passes over the images, fewer where `seconds` end first.
         weight: of the reconstruction loss.
         share, replaced, align: of the corruption, see `Views`.
+        rotations: ask for the turns of rotated views too.
         hidden: inner width of the contrast head.
         settings: further fields of `Settings`.
-        note: told step, steps in all and both losses.
+        note: told step, steps in all and the losses.
 
     Returns:
         Steps, seconds, the losses at the start and at the end, and the accuracy of nearest neighbours (on validation
         images, by features of training images) before and after.
 
     Raises:
-        ValueError: `model` is no such ViT, or the data are no images.
+        ValueError: `model` is no such ViT, the data are no images, or images that are not square are to be rotated.
     """
     out = Path(out)
     if data.task != "image-classification":
@@ -289,14 +334,14 @@ def pretrain(
     head: Any = model.head
     asked = [p.requires_grad for p in head.parameters()]
     head.requires_grad_(False)  # it does not take part
-    network = Pretrainer(SiT(model, hidden=hidden), weight=weight)
-    for part in (network.student.contrast, network.student.reconstruct):
-        for module in part.modules():
+    network = Pretrainer(SiT(model, hidden=hidden, rotations=rotations), weight=weight)
+    for name, part in network.student.named_children():
+        for module in part.modules() if name != "backbone" else ():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
     network.teacher.load_state_dict(network.student.state_dict())
-    task = Views(data.spec, data.meta, share=share, replaced=replaced, align=align)
+    task = Views(data.spec, data.meta, share=share, replaced=replaced, align=align, rotations=rotations)
     batch = min(BATCH, max(16, len(data.train) // 8))
     base = Settings(batch_size=batch, weight_decay=DECAY[0], clip=3.0, ema=0.0, seed=seed)
     chosen = replace(base, **(settings or {}))
