@@ -162,7 +162,6 @@ def test_what_a_run_writes_is_taken_back(names):
     assert isinstance(written, dict) == (names[0] == "low_bits")
 
 
-
 def test_every_stage_together_makes_a_small_classifier_four_times_smaller_for_less_than_three_points(tmp_path):
     calibration = digits()
     dense = learned(vision(dim=96, depth=2, heads=4), calibration, steps=250, lr=1.5e-3)
