@@ -1,19 +1,24 @@
 """UniFormer: equal to the authors' code for images, clips and dense maps; near first, far later; inflation is exact."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from gossamer import measure
+from gossamer import load, measure, save
+from gossamer.cli import app
 from gossamer.io import export_onnx
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
+from gossamer.models._uniformer_light import halved
 from gossamer.models.registry import system
 from gossamer.models.uniformer import inflate
-from official import golden, manifest, seeded_state
+from official import golden, manifest, probe, seeded_input, seeded_state
 from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
 
 TINY = {"dims": (8, 16, 32, 64), "depths": (1, 1, 2, 1), "head_dim": 16, "num_classes": 7, "in_chans": 1}
@@ -54,6 +59,118 @@ def test_uniformer_equals_official(name: str) -> None:
     equals_official(name, "uniformer", {**TINY, **settings}, shape, key)
 
 
+LIGHT = {"dims": (8, 16, 32, 64), "depths": (1, 1, 3, 2), "head_dim": 16, "mlp_ratio": 3.0, "num_classes": 7}
+LIGHT |= {"conv_stem": True, "keep": 0.5}
+LIGHT_OFFICIAL = {
+    "uniformer_light": ({"in_chans": 1}, (2, 1, 64, 80), "stages.2.1.mixer.qkv.weight"),
+    "uniformer_light_odd": ({}, (1, 3, 33, 49), "token.start"),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("name", LIGHT_OFFICIAL)
+def test_the_light_form_equals_official_in_both_of_its_answers(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    settings, shape, key = LIGHT_OFFICIAL[name]
+    saved = golden(name)
+    model = create_model("uniformer", **LIGHT, **settings)
+    load_official(model, seeded_state(saved["shapes"], dtype)).to(dtype).train()
+    # Both answers are given in training; statistics are those of the file.
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    x = seeded_input(name, shape).to(dtype).requires_grad_()
+    outputs = model(x)
+    grad_x, grad_w = torch.autograd.grad(probe(*outputs), [x, model.get_parameter(key)])
+    close = {"atol": tolerance, "rtol": tolerance, "check_dtype": False}
+    for i, y in enumerate(outputs):
+        torch.testing.assert_close(y, saved[f"output{i}"], **close)
+    torch.testing.assert_close(grad_x, saved["grad_input"], **close)
+    torch.testing.assert_close(grad_w, saved["grad_weight"], **close)
+    torch.testing.assert_close(model.eval()(x), saved["output0"], **close)
+
+
+# Billions by image side. The repository prints 2.0 for XS at 224 pixels, which is 3.5 % more than there are.
+@pytest.mark.parametrize(
+    ("name", "millions", "macs"),
+    [
+        ("uniformer_xxs", 10.2, {128: 0.43, 160: 0.67, 192: 0.96, 224: 1.3}),
+        ("uniformer_xs", 16.5, {192: 1.4, 224: 1.93}),
+    ],
+)
+def test_the_light_form_costs_what_is_published(name: str, millions: float, macs: dict) -> None:
+    with torch.device("meta"):
+        model = create_model(name).eval()
+        counts = {side: measure.macs(model, (torch.empty(1, 3, side, side),)).total / 1e9 for side in macs}
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert counts == pytest.approx(macs, rel=0.02)
+
+
+def test_half_of_the_places_go_through_a_light_block_and_the_others_take_what_their_speaker_was_given() -> None:
+    block = create_model("uniformer", **LIGHT).stages[2][1].double()
+    x, token = torch.randn(2, 4, 6, 32).double(), torch.randn(2, 1, 32).double()
+    score = torch.rand(2, 24).double()
+    y, told, scores = block(x, token, score)
+    x = block.positions(x)
+    for b in range(2):
+        places, order = x[b].flatten(0, 1), score[b].argsort(descending=True)
+        best, rest = order[:12], order[12:]
+        speaker = sum(score[b, j] * places[j] for j in rest) / score[b, rest].sum()
+        one = torch.cat((token[b], places[best], speaker[None]))
+        q, k, v = block.mixer.project(block.norm1(one)[None])
+        weights = (q @ k.mT / 4).softmax(-1)
+        u = block.mixer.proj((weights @ v).transpose(1, 2).flatten(2))[0]
+        w = block.mlp(block.norm2(one + u))
+        want = places.clone()
+        want[best] = (one + u + w)[1:-1]
+        want[rest] = places[rest] + (u + w)[-1]
+        torch.testing.assert_close(y[b].flatten(0, 1), want)
+        torch.testing.assert_close(told[b], (one + u + w)[:1])
+        seen = weights[0].mean(0)[0, 1:-1]
+        torch.testing.assert_close(scores[b, best], (score[b, best] + seen) / 2)
+        assert torch.equal(scores[b, rest], score[b, rest])
+
+
+def test_scores_of_a_halved_map_are_means_of_the_same_sum() -> None:
+    score = torch.rand(2, 24)
+    small = halved(score, (4, 6), ceil=False)
+    means = score.view(2, 2, 2, 3, 2).mean((2, 4)).flatten(1)
+    torch.testing.assert_close(small / means, (score.sum(1) / means.sum(1))[:, None].expand(2, 6))
+    torch.testing.assert_close(small.sum(1), score.sum(1))
+    assert halved(torch.rand(1, 35), (5, 7), ceil=True).shape == (1, 12)
+    assert halved(torch.rand(1, 35), (5, 7), ceil=False).shape == (1, 6)
+
+
+def test_the_light_form_takes_any_image_learns_and_is_exported(tmp_path: Path) -> None:
+    model = create_model("uniformer", **LIGHT, pad=True)
+    for answer in (outputs := model(torch.randn(2, 3, 97, 123))):
+        assert answer.shape == (2, 7)
+    sum(y.logsumexp(-1).sum() for y in outputs).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    # Nothing but the class token's attention orders the places: it learns from the map's answer too.
+    model.zero_grad()
+    model(torch.randn(2, 3, 97, 123))[0].logsumexp(-1).sum().backward()
+    assert model.token.start.grad.abs().max() > 0
+    state = seeded_state(golden("uniformer_light_odd")["shapes"])
+    model = load_official(model, state).eval()
+    maps = model.features(torch.randn(1, 3, 97, 123))
+    assert [tuple(m.shape[1:3]) for m in maps] == [(25, 31), (13, 16), (7, 8), (4, 4)]
+    dense = load_official(create_model("uniformer", **LIGHT, pad=True, dense=True), state).eval()
+    x = torch.randn(1, 3, 97, 123)
+    for one, two in zip(model.features(x), dense.features(x), strict=True):
+        torch.testing.assert_close(F.layer_norm(one, one.shape[-1:], eps=1e-6), two)
+    # Weights by which scores differ clearly: where two are all but equal, rounding decides which place goes through.
+    certificate = export_onnx(model, torch.randn(2, 3, 64, 70), tmp_path / "m.onnx", exporter="fast")
+    assert certificate.passed, certificate.reason
+    assert certificate.held == "batch"
+    for wrong, says in (
+        ({"keep": 1.0}, "between 0 and 1, got 1.0"),
+        ({"video": True, "conv_stem": False}, "without video"),
+        ({"layer_scale": 1e-6}, "layer_scale"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            create_model("uniformer", **{**LIGHT, **wrong})
+
+
 def test_every_official_checkpoint_of_uniformer_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     records = manifest("uniformer")
     assert set(MANIFEST) == set(records)
@@ -75,6 +192,14 @@ def test_every_official_checkpoint_of_uniformer_fits(monkeypatch: pytest.MonkeyP
 )
 def test_uniformer_costs_what_is_published(name: str) -> None:
     costs_are_published(name)
+
+
+# Four views of 32 frames.
+@pytest.mark.parametrize(("name", "macs"), [("uniformer_s_video16", 438 / 4), ("uniformer_b_video16", 1036 / 4)])
+def test_uniformer_costs_what_is_published_on_longer_clips_too(name: str, macs: float) -> None:
+    with torch.device("meta"):
+        count = measure.macs(create_model(name).eval(), (torch.empty(1, 3, 32, 224, 224),)).total
+    assert count / 1e9 == pytest.approx(macs, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", [(9,), (6, 7), (5, 6, 7)])
@@ -304,6 +429,26 @@ def test_a_small_uniformer_is_exported(tmp_path: Path) -> None:
     model = create_model("uniformer", **TINY, pad=True).eval()
     certificate = export_onnx(model, torch.randn(2, 1, 40, 32), tmp_path / "m.onnx", dynamic="batch", tolerance=1e-4)
     assert certificate.passed, certificate.reason
+
+
+def test_a_video_model_is_measured_and_exported_by_the_commands(tmp_path: Path) -> None:
+    small = {"dims": (8, 16), "depths": (1, 1), "local_stages": 1, "head_dim": 8, "in_chans": 2, "num_classes": 7}
+    save(create_model("uniformer", **small, video=True, img_size=32), tmp_path / "clips")
+    words = ["measure", str(tmp_path / "clips"), "--input", "2x5x32x64", "--forms", "eager", "--batch", "2"]
+    result = CliRunner().invoke(app, [*words, "--time", "0.1s", "--json"])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["input"] == [[1, 2, 5, 32, 64]]
+    assert figures["macs"] == figures["macs_second"] > 0
+    words = ["export", str(tmp_path / "clips"), "--input", "2x5x32x64", "--out", str(tmp_path / "m.onnx"), "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    certificate = json.loads(result.stdout)
+    assert certificate["passed"]
+    assert certificate["held"] == "batch"
+    clip = torch.randn(3, 2, 5, 32, 64)
+    (answer,) = InferenceSession(tmp_path / "m.onnx").run(None, {"input": clip.numpy()})
+    torch.testing.assert_close(torch.from_numpy(answer), load(tmp_path / "clips").eval()(clip), rtol=1e-4, atol=1e-4)
 
 
 def test_the_authors_video_files_are_read(tmp_path: Path) -> None:
