@@ -173,7 +173,8 @@ def test_gradcat_takes_the_child_of_largest_positive_gradient_times_activation()
     image = torch.randn(3, 3, 8, 8)
     maps = model.features(image.requires_grad_())
     score = model.head(model.norm(maps[-1]))[:, 2].sum()
-    fine, coarse = ((m * d).clamp(min=0).sum(-1) for m, d in zip(maps[:2], torch.autograd.grad(score, maps[:2]), strict=True))
+    gradients = torch.autograd.grad(score, maps[:2])
+    fine, coarse = ((m * d).clamp(min=0).sum(-1) for m, d in zip(maps[:2], gradients, strict=True))
     for i, path in enumerate(gradcat(model, image, torch.full((3,), 2)).tolist()):
         quadrants = [coarse[i, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].mean() for r in (0, 1) for c in (0, 1)]
         assert path[0] == int(torch.stack(quadrants).argmax())
