@@ -163,7 +163,8 @@ class LightUniFormer(UniFormer):
         self.local_stages = local_stages
         self.ceil = ceil
 
-    def forward(
+    # In training there are two answers.
+    def forward(  # type: ignore[override]
         self, x: Float[Tensor, "b i *size"]
     ) -> Float[Tensor, "b ..."] | tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
         maps, token = self._maps_and_token(self._checked(x))
@@ -186,7 +187,8 @@ class LightUniFormer(UniFormer):
             else:
                 if index > self.local_stages:
                     token = self.token.widen[index - self.local_stages - 1](token)
-                    score = None if score is None else halved(score, maps[-1].shape[1:3], ceil=self.ceil)
+                    h, w = maps[-1].shape[1:3]
+                    score = None if score is None else halved(score, (h, w), ceil=self.ceil)
                 x, token, score = through(self, in_turn, blocks, x, token, score)
             maps.append(x)
         return maps, token
