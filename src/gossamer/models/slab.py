@@ -120,7 +120,8 @@ def _exchange(model: nn.Module, kind: type[nn.Module], make: Any) -> None:
     for part in list(model.modules()):
         for name, child in part.named_children():
             if isinstance(child, kind):
-                setattr(part, name, make(child.normalized_shape[0]))
+                norm: Any = child
+                setattr(part, name, make(norm.normalized_shape[0]))
 
 
 @register_system(
