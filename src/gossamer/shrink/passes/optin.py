@@ -20,6 +20,9 @@ Hidden units are many (36 864 in BERT-base), so there are three ways of scoring 
   mean of `(v^T dJ/dm)^2` is the score of every unit of every layer at once, from one backward pass a probe; with 64
   probes a score is known within 18 %
 
+Members are scored alone: of k copies that share the work of one, each has about `1 / k^2` of its score and so goes
+first, but copies at full strength are not told from members that are needed.
+
 Heads are always exact. Every run starts at the masked layer, from what is remembered of those before it.
 
 Differences from the code, kept under `official_quirks=True`: the code leaves the last head of each scored layer masked
