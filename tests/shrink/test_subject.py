@@ -206,6 +206,11 @@ def test_a_text_model_refuses_images_and_an_image_model_texts_whatever_else_they
         opened(decoder, str(tmp_path / "r.csv"))
 
 
+def test_images_are_taken_by_a_system_that_has_a_language_model_too(pictures: Any) -> None:
+    model = create_model("slab_deit_t", img_size=8, patch=4, dims=[16], depths=[1], heads=[2], num_classes=2)
+    asked(model, pictures({"a": 1, "b": 90}))
+
+
 def test_texts_are_cut_at_the_positions_a_model_has(tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer.json"
     data = read_dataset("toy-text")

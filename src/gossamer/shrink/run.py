@@ -256,19 +256,22 @@ class _Run:
         self.trials += [Trial(**read_json(file)) for file in files]
 
         def late() -> bool:
-            usable = [t for t in self.trials if t.val is not None]
-            near = any(self._reach(t) <= 1 + CLOSE for t in usable)
-            return self.clock.over(screen_by if near else 1.5 * screen_by) and bool(usable)
+            return self.clock.over(screen_by) and any(t.val is not None for t in self.trials)
 
         for target in strengths:
             # Every pass is seen once before the strength of any is corrected: time may not do for all of it.
-            waiting = [self._attempts([(name, 1.0)], target, before) for name in known]
-            waiting = [attempts for attempts in waiting if not late() and next(attempts, None) is not None]
+            going: list[Iterator[Trial]] = []
+            for name in known:
+                if late():
+                    break
+                self._go_on(self._attempts([(name, 1.0)], target, before), going)
             if (parts := self._stack(target, before)) and not self.clock.over(1.5 * screen_by):
-                stack = self._attempts(parts, target, before)
-                waiting += [stack] if next(stack, None) is not None else []
-            while waiting and not late():
-                waiting = [attempts for attempts in waiting if not late() and next(attempts, None) is not None]
+                self._go_on(self._attempts(parts, target, before), going)
+            while going and not late():
+                self._go_on(going.pop(0), going)
+            # Nothing within reach yet: that matters more than the time for recovery.
+            while going and not self._near() and not self.clock.over(2 * screen_by):
+                self._go_on(going.pop(0), going)
             self._combine(target, before, screen_by)
         left = self.clock.left - self.pace["test_s"]
         count = max(1, min(MOST_FINALISTS, int(FILES_SHARE * left / max(self.pace["files_s"], 1e-3))))
@@ -327,6 +330,15 @@ class _Run:
             }
             found = [with_int8] if all(v >= 1 for v in wanted.values()) else [with_int8, wanted]
         return [s for s in found if any(v < 1 for v in s.values())][:2]
+
+    @staticmethod
+    def _go_on(attempts: Iterator[Trial], going: list[Iterator[Trial]]) -> None:
+        """One more attempt; what may be attempted again goes to the end of `going`."""
+        if next(attempts, None) is not None:
+            going.append(attempts)
+
+    def _near(self) -> bool:
+        return any(t.val is not None and self._reach(t) <= 1 + CLOSE for t in self.trials)
 
     def _attempts(self, parts: list[tuple[str, float]], target: dict[str, float], before: Point) -> Iterator[Trial]:
         """Runs passes at the strength that brings the exported file to `target`; two corrections of the guess.

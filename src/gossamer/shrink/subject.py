@@ -226,7 +226,8 @@ def _check_kind(subject: Subject, settings: dict[str, Any], data: Dataset, sourc
         return
     name = config_of(subject.model)["name"]
     known = system(catalogue.find(name).slug).tasks
-    if known and ("language-modelling" in known) != (data.task == "language-modelling"):
+    words = "language-modelling"
+    if known and (words not in known if data.task == words else set(known) == {words}):
         raise ValueError(f"{source} is read for {data.task}; {subject.name} ({name}) is for {', '.join(known)}")
     if data.task == "sentence-similarity" and settings.get("num_classes"):
         raise ValueError(
