@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from gossamer.io.files import write_json
+from gossamer.layers.language import RMSNorm
 from gossamer.measure import device_info, latency
 from gossamer.ops import attention, linear_attention, online_softmax, patterns, recurrence, series, spectral, tokens
 
@@ -141,6 +143,11 @@ def merging(n: int) -> Forms:
     return {"merge": partial(tokens.merge, x, n // 4), "reference": partial(tokens.merge_reference, x, n // 4)}
 
 
+def norms(n: int) -> Forms:
+    x = torch.randn(1, n, 384)
+    return {"layer norm": partial(nn.LayerNorm(384), x), "RMS norm": partial(RMSNorm(384), x)}
+
+
 CASES: tuple[Case, ...] = (
     ("attention", (256, 1024, 2048), dense),
     ("local attention, window 64", (256, 1024, 2048), local),
@@ -156,6 +163,7 @@ CASES: tuple[Case, ...] = (
     ("decomposition", (96, 336, 1024), decomposition),
     ("delay aggregation", (96, 336, 1024), aggregation),
     ("token merging", (16, 64, 128), merging),
+    ("norm, 384 channels", (1, 197, 1024), norms),
 )
 
 

@@ -16,7 +16,7 @@ from gossamer.io import read_json, write_json
 MEASURED_BY, RACED_BY = 0.12, 0.40
 TAIL_SHARE, TAIL_MOST = 0.10, 0.4
 # A process older than this has been doing something else before.
-START_UP_S = 60.0
+START_UP_S = 15.0
 
 
 class Clock:
