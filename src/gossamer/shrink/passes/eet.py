@@ -145,8 +145,8 @@ class _Guide:
         return torch.stack(losses).sum() / len(answers)
 
 
-def last_map(model: Any, x: Tensor) -> tuple[Tensor | tuple[Tensor, ...], Float[Tensor, "b n"]]:
-    """The answer (or answers) of a dense model of plain blocks, and the content map of its last block."""
+def last_map(model: Any, x: Tensor) -> tuple[Any, Float[Tensor, "b n"]]:
+    """What a dense model of plain blocks answers, as its head gives it, and the content map of its last block."""
     x, mask = model.stem(x)
     given = {} if mask is None else {"mask": mask}
     for block in model.blocks[:-1]:
