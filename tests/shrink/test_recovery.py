@@ -102,8 +102,10 @@ def test_a_killed_recovery_goes_on_with_the_round_it_was_in(calibration, model, 
     assert len(first) == 1
     model.load_state_dict(copied)
     made.clear()
-    call()
+    # A run that goes on gives what is left of its time: that the first call used some of it is not counted twice.
+    call(seconds=2.5)
     found = read_json(tmp_path / "rounds.json")
     assert found["rounds"][:1] == first
     assert made[0].steps > 3
+    assert sum(r["seconds"] for r in found["rounds"][1:]) > 1
     assert found["score"] == pytest.approx(score(calibration, model))

@@ -74,8 +74,9 @@ def recover_in_rounds(
     """Trains `model` for `seconds`, scores included; it holds the best weights found, maybe those it had.
 
     Args:
-        place: folder for notes, the best weights and the running round; the same call with the same folder goes on
-            where it was killed. `best.pt` stays, for the caller to delete when the model is safe.
+        place: folder for notes, the best weights and the running round; a call with the same folder goes on where the
+            first was killed, for what that had left of its seconds or for `seconds`, whichever is less. `best.pt`
+            stays, for the caller to delete when the model is safe.
         make: a trainer of the model given, with the keywords `lr`, `batch_size`, `precision` and `seed`.
         score: higher is better.
         stop: true when it should end now.
@@ -92,6 +93,7 @@ def recover_in_rounds(
             model.load_state_dict(torch.load(best, weights_only=True))
     else:
         found = {"score": _finite(score(model)), "used": 0.0, "steps": 0, "precision": "auto", "rounds": []}
+        found["seconds"] = seconds
         found["looked"] = time.perf_counter() - begun
         found["batch_size"] = _batch_size(start, make, PROBED * seconds)
         place.mkdir(parents=True, exist_ok=True)
@@ -99,9 +101,9 @@ def recover_in_rounds(
     while not stop():
         number = len(found["rounds"])
         probing = number < len(RATES)
-        left = seconds - before - (time.perf_counter() - begun)
+        left = min(seconds, found["seconds"] - before) - (time.perf_counter() - begun)
         if probing:
-            rate, share = RATES[number], PROBED * seconds
+            rate, share = RATES[number], PROBED * found["seconds"]
         else:
             if number == len(RATES):
                 found |= _plan(found["rounds"], left)

@@ -99,12 +99,12 @@ def shrink(options: ShrinkOptions) -> ShrinkResult:
             check_settings(entry["pass"], set(entry) - {"pass"})
         elif unknown := sorted(set(entry) - {"pass", *(RECOVER if entry["pass"] == "recover" else ())}):
             raise ValueError(f"{entry['pass']} has no setting {', '.join(unknown)}; recover has {', '.join(RECOVER)}")
+        elif not isinstance(entry.get("seconds", 0), int | float):
+            raise ValueError(f"seconds of recover must be a number, got {entry['seconds']!r}")
         elif "signals" in entry:
             check_signals(entry["signals"])
         elif "relation_heads" in entry:
             raise ValueError("recover has relation_heads without signals: [relations, …]")
-        elif not isinstance(entry.get("seconds", 0), int | float):
-            raise ValueError(f"seconds of recover must be a number, got {entry['seconds']!r}")
     folder = options.folder()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, {folder} is a file")
