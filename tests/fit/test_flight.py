@@ -68,14 +68,18 @@ def until(done: Callable[[], object], process: subprocess.Popen[str]) -> None:
 
 
 def trials(run: Path) -> list[FrozenTrial]:
-    """All trials of a run's study; none while there is no study yet."""
+    """All trials of a run's study; none while there is no study yet. Makes no tables: that is for the run to do."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not (run / "study.db").exists():
         return []
-    storage = optuna.storages.RDBStorage(f"sqlite:///{run / 'study.db'}")
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{run / 'study.db'}", skip_compatibility_check=True, skip_table_creation=True
+    )
     try:
         studies = storage.get_all_studies()
         return storage.get_all_trials(studies[0]._study_id) if studies else []
+    except optuna.exceptions.StorageInternalError:  # the run is making its tables
+        return []
     finally:
         storage.remove_session()
         storage.engine.dispose()
