@@ -9,9 +9,8 @@ from gossamer.io import export_onnx
 from gossamer.layers import Block, Classifier, Mlp
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
-from gossamer.models.registry import system
 from official import golden, manifest, seeded_state
-from pyramids import costs_are_published, equals_official, manifest_fits, scales
+from pyramids import costs_are_published, equals_official, manifest_fits
 
 TINY = {"embed_dim": 8, "depths": (1, 2, 1, 1), "heads": (2, 4, 4, 4)}
 OFFICIAL = {
@@ -31,10 +30,6 @@ OFFICIAL = {
         "stage3.0.attns.0.get_v.bias",
     ),
 }
-SPECS = [
-    {"img_size": size, "in_chans": chans, "num_classes": 5}
-    for size, chans in (((8, 8), 1), ((32, 32), 3), ((28, 40), 1), ((96, 96), 3))
-]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -244,17 +239,3 @@ def test_a_small_cswin_exports_to_onnx_for_any_batch(tmp_path) -> None:
     certificate = export_onnx(model, torch.randn(1, 3, 40, 40), tmp_path / "m.onnx", dynamic="batch")
     assert certificate.passed, certificate.reason
     assert certificate.held == "batch"
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_cswin_takes_any_small_image(spec) -> None:
-    scales("cswin", spec, "xs")
-
-
-def test_scaled_cswin_keeps_its_budget() -> None:
-    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
-    for size, low, high in (("xs", 3, 9), ("s", 18, 50), ("m", 70, 130), ("l", 220, 420)):
-        name, settings = system("cswin").scale(spec, size)
-        with torch.device("meta"):
-            model = create_model(name, **settings).eval()
-            assert low < measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6 < high

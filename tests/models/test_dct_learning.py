@@ -12,7 +12,7 @@ from gossamer.models.dct_learning import SUBSETS, FrequencyGate, kept
 from gossamer.models.registry import rename, system
 from gossamer.ops.frequency import block_idct, jpeg_channels
 from official import golden, probe, seeded_input, seeded_state
-from pyramids import SPECS, costs_are_published, scales
+from pyramids import costs_are_published
 
 OFFICIAL = {
     "dct_resnet": ("resnet50_dct24", {"released": True}, (2, 24, 5, 7), "stages.0.0.shortcut.conv.weight"),
@@ -152,18 +152,6 @@ def test_inputs_and_settings_that_do_not_fit_are_named() -> None:
         create_model("resnet50_rgb", gate=True)
     with pytest.raises(ValueError, match=r"3 to 12 .* got 24"):
         create_model("resnet50_dct24", pixels=True, block=2)
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_models_take_any_small_image(spec) -> None:
-    scales("dct-learning", spec, "s")
-
-
-def test_scaled_models_keep_their_budget() -> None:
-    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
-    assert system("dct-learning").scale is not None
-    for size, low, high in (("xs", 3, 9), ("s", 18, 50), ("m", 70, 130), ("l", 220, 420)):
-        assert low < scales("dct-learning", spec, size)[1] < high
 
 
 def test_networks_on_rgb_take_the_names_of_their_authors() -> None:

@@ -14,7 +14,6 @@ from gossamer.models import create_model, load_official
 from gossamer.models.duoformer import regions
 from gossamer.models.registry import rename, system
 from official import golden, manifest, probe, seeded_input, seeded_state
-from pyramids import SPECS, scales
 
 TINY = {"backbone": ("basic", (1, 1, 1, 1)), "width": 4, "dim": 16, "depth": 2, "heads": 2, "num_classes": 5}
 # In the fork the others lack a projection or have one that is too narrow, and do not run.
@@ -265,17 +264,6 @@ def test_settings_and_images_that_do_not_fit_are_named() -> None:
     for image, message in (((65, 64), "multiples of 32, got 65x64"), ((96, 64), "positions are for 64x64")):
         with pytest.raises(ValueError, match=message):
             model(torch.randn(1, 3, *image))
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_models_take_any_small_image(spec) -> None:
-    scales("duoformer", spec, "s")
-
-
-def test_scaled_models_keep_their_budget() -> None:
-    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
-    for size, low, high in (("xs", 3, 9), ("s", 18, 50), ("m", 70, 130), ("l", 220, 420)):
-        assert low < scales("duoformer", spec, size)[1] < high
 
 
 def test_two_scales_tell_apart_what_the_coarsest_map_cannot() -> None:

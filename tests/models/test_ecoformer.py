@@ -17,7 +17,7 @@ from gossamer.models.ecoformer import energy, operations
 from gossamer.models.registry import rename, system
 from gossamer.ops.attention import split_heads
 from official import golden, manifest, probe, seeded_input, seeded_state
-from pyramids import SPECS, manifest_fits, scales
+from pyramids import manifest_fits
 
 TINY: dict[str, Any] = {
     "dims": (8, 16, 24, 32),
@@ -269,18 +269,3 @@ def test_an_exported_ecoformer_agrees_for_every_batch_size(tmp_path) -> None:
     certificate = export_onnx(model, torch.randn(2, 3, 32, 32), tmp_path / "model.onnx", dynamic="batch")
     assert certificate.passed, certificate.reason
     assert certificate.held == "batch"
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_ecoformer_takes_any_small_image(spec: dict[str, Any], monkeypatch) -> None:
-    monkeypatch.setattr("gossamer.mixers.hashed_linear.ROUNDS", 3)
-    scales("ecoformer", spec, "xs")
-
-
-def test_scaled_ecoformer_keeps_its_budget() -> None:
-    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
-    for size, low, high in (("xs", 3, 9), ("s", 18, 50), ("m", 70, 130), ("l", 220, 420)):
-        name, settings = system("ecoformer").scale(spec, size)
-        with torch.device("meta"):
-            model = create_model(name, **settings).eval()
-            assert low < measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6 < high

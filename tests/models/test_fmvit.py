@@ -9,7 +9,6 @@ from gossamer import catalogue, measure
 from gossamer.io import export_onnx
 from gossamer.models import create_model
 from gossamer.models.fmvit import ConvMixer, MixBlock, PooledAttention, merge
-from pyramids import SPECS, costs_within
 
 TINY = {"dims": (8, 16), "mixed": (0, 32), "depths": (1, 2), "reductions": (2, 1), "head_dim": 8, "num_classes": 5}
 TINY = {**TINY, "stem_widths": (8, 8), "stem_strides": (2, 1)}
@@ -155,9 +154,3 @@ def test_a_merged_network_is_exported(tmp_path) -> None:
     certificate = export_onnx(model, torch.randn(2, 3, 16, 16), tmp_path / "m.onnx", dynamic="batch", exporter="fast")
     assert certificate.passed, certificate.reason
     assert certificate.held == "batch"
-
-
-@pytest.mark.parametrize("size", ["xs", "s", "m"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_models_cost_what_their_size_says(spec: dict, size: str) -> None:
-    costs_within("fmvit", spec, size, most={"xs": 9, "s": 45, "m": 130}, least={"xs": 2.5, "s": 18, "m": 70})

@@ -15,13 +15,9 @@ from gossamer.models import create_model, load_official
 from gossamer.models.hilo import DeformMerging
 from official import golden, manifest, seeded_state
 from pyramids import (
-    any_small_image,
     costs_are_published,
     equals_official,
-    every_size,
-    keeps_budget,
     manifest_fits,
-    scales,
 )
 
 TINY = {"embed_dim": 16, "depths": (1, 1, 2, 1), "heads": (1, 2, 4, 8)}
@@ -234,13 +230,3 @@ def test_an_exported_litv2_agrees_for_every_batch_size(tmp_path) -> None:
     certificate = export_onnx(model, torch.randn(2, 3, 28, 36), tmp_path / "m.onnx")
     assert certificate.passed
     assert certificate.held == "batch"
-
-
-@any_small_image
-def test_scaled_litv2_takes_any_small_image(spec) -> None:
-    scales("hilo", spec, "xs")
-
-
-@every_size
-def test_scaled_litv2_keeps_its_budget(side: int, size: str, low: float, high: float) -> None:
-    keeps_budget("hilo", side, size, low, high)

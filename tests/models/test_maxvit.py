@@ -11,10 +11,9 @@ from gossamer.layers.fold import fold_batch_norm
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
 from gossamer.models.maxvit import SameConv
-from gossamer.models.registry import system
 from gossamer.ops import grid as g
 from official import golden, seeded_input, seeded_state
-from pyramids import costs_are_published, equals_official, manifest_fits, scales
+from pyramids import costs_are_published, equals_official, manifest_fits
 
 TINY = {"depths": (2, 1), "dims": (32, 64), "stem": 8, "strides": (2, 2, 2), "num_classes": 7}
 OFFICIAL = {
@@ -29,10 +28,6 @@ OFFICIAL = {
         "stages.1.blocks.0.conv.conv2_kxk.weight",
     ),
 }
-SPECS = [
-    {"img_size": size, "in_chans": chans, "num_classes": 5}
-    for size, chans in (((8, 8), 1), ((32, 32), 3), ((28, 40), 1), ((96, 96), 3))
-]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -187,17 +182,3 @@ def test_a_small_maxvit_exports_to_onnx_for_any_batch(tmp_path) -> None:
     certificate = export_onnx(model, torch.randn(1, 3, 42, 42), tmp_path / "m.onnx", dynamic="batch")
     assert certificate.passed, certificate.reason
     assert certificate.held == "batch"
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_maxvit_takes_any_small_image(spec) -> None:
-    scales("maxvit", spec, "xs")
-
-
-def test_scaled_maxvit_keeps_its_budget() -> None:
-    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
-    for size, low, high in (("xs", 3, 9), ("s", 18, 50), ("m", 70, 130), ("l", 220, 420)):
-        name, settings = system("maxvit").scale(spec, size)
-        with torch.device("meta"):
-            model = create_model(name, **settings).eval()
-            assert low < measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6 < high

@@ -11,7 +11,7 @@ from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
 from gossamer.models.registry import system
 from official import golden, manifest, seeded_state
-from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
+from pyramids import costs_are_published, equals_official, manifest_fits
 
 TWO = {"depths": (2, 2), "dims": (16, 24), "num_classes": 7}
 OFFICIAL = {
@@ -163,17 +163,3 @@ def test_pooling_learns_what_needs_the_neighbourhood_and_identity_does_not() -> 
 
     assert accuracy("identity") < 0.75
     assert accuracy("pool") > 0.95
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_metaformer_takes_any_small_image(spec) -> None:
-    scales("metaformer", spec, "s")
-
-
-def test_scaled_metaformer_keeps_its_budget() -> None:
-    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
-    for size, low, high in (("xs", 3, 9), ("s", 18, 45), ("m", 70, 130), ("l", 220, 420)):
-        name, settings = system("metaformer").scale(spec, size)
-        with torch.device("meta"):
-            model = create_model(name, **settings).eval()
-            assert low < measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6 < high

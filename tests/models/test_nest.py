@@ -9,11 +9,10 @@ from gossamer.io import export_onnx
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
 from gossamer.models.nest import Aggregate, Decoder, Spread, gradcat
-from gossamer.models.registry import system
 from gossamer.ops import grid as g
 from gossamer.ops.grid import pad_same
 from official import golden, manifest, seeded_state
-from pyramids import costs_are_published, equals_official, manifest_fits, scales
+from pyramids import costs_are_published, equals_official, manifest_fits
 
 TINY = {"dims": (8, 12, 16), "depths": (1, 1, 1), "heads": (2, 2, 2), "num_classes": 7}
 OFFICIAL = {
@@ -28,10 +27,6 @@ OFFICIAL = {
         "levels.0.pos_embed",
     ),
 }
-SPECS = [
-    {"img_size": size, "in_chans": chans, "num_classes": 5}
-    for size, chans in (((8, 8), 1), ((32, 32), 3), ((28, 40), 1), ((96, 96), 3))
-]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -262,19 +257,3 @@ def test_a_small_nest_exports_to_onnx_for_any_batch(tmp_path) -> None:
     certificate = export_onnx(model, torch.randn(1, 3, 30, 45), tmp_path / "m.onnx", dynamic="batch")
     assert certificate.passed, certificate.reason
     assert certificate.held == "batch"
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_nest_takes_any_small_image(spec) -> None:
-    scales("nest", spec, "xs")
-
-
-def test_scaled_nest_keeps_its_budget() -> None:
-    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
-    for size, low, high in (("xs", 3, 9), ("s", 18, 50), ("m", 70, 130), ("l", 220, 420)):
-        name, settings = system("nest").scale(spec, size)
-        with torch.device("meta"):
-            model = create_model(name, **settings).eval()
-            cost = measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6
-        print(size, cost, settings)
-        assert low < cost < high

@@ -13,13 +13,9 @@ from gossamer.mixers.polyline import line_mask, polyline_mask, polyline_product
 from gossamer.models import create_model, load_official
 from official import golden, manifest, seeded_state
 from pyramids import (
-    any_small_image,
     costs_are_published,
     equals_official,
-    every_size,
-    keeps_budget,
     manifest_fits,
-    scales,
 )
 
 DOUBLE = torch.float64
@@ -229,13 +225,3 @@ def test_an_exported_ppma_agrees_for_every_batch_size(tmp_path) -> None:
     certificate = export_onnx(model, torch.randn(2, 3, 28, 36), tmp_path / "m.onnx", exporter="fast")
     assert certificate.passed
     assert certificate.held == "batch"
-
-
-@any_small_image
-def test_scaled_ppma_takes_any_small_image(spec) -> None:
-    scales("ppma", spec, "xs")
-
-
-@every_size
-def test_scaled_ppma_keeps_its_budget(side: int, size: str, low: float, high: float) -> None:
-    keeps_budget("ppma", side, size, low, high)

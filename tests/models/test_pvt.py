@@ -12,7 +12,7 @@ from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
 from gossamer.models.registry import system
 from official import golden, manifest, seeded_state
-from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
+from pyramids import costs_are_published, equals_official, manifest_fits
 
 TINY: dict[str, Any] = {
     "dims": (8, 16, 24, 32),
@@ -197,17 +197,3 @@ def test_an_exported_pvt_agrees_for_every_batch_size(settings: dict[str, Any], t
     certificate = export_onnx(model, x, tmp_path / "model.onnx", dynamic="batch")
     assert certificate.passed, certificate.reason
     assert certificate.held == "batch"
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_pvt_takes_any_small_image(spec: dict[str, Any]) -> None:
-    scales("pvt", spec, "s")
-
-
-def test_scaled_pvt_keeps_its_budget() -> None:
-    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
-    for size, low, high in (("xs", 3, 9), ("s", 18, 50), ("m", 70, 130), ("l", 220, 420)):
-        name, settings = system("pvt").scale(spec, size)
-        with torch.device("meta"):
-            model = create_model(name, **settings).eval()
-            assert low < measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6 < high

@@ -19,9 +19,9 @@ from gossamer.models import create_model, load_official
 from gossamer.models.registry import rename, system
 from gossamer.ops import grid as g
 from official import golden, manifest, probe, seeded_input, seeded_state
-from pyramids import SPECS, costs_are_published, manifest_fits, scales
 from pyramids import _find as parameter_of
 from pyramids import _order as order_of
+from pyramids import costs_are_published, manifest_fits
 
 DEIT: dict[str, Any] = {"base": "deit", "dims": (16,), "depths": (2,), "heads": (2,), "mlp_ratios": (4,)}
 OFFICIAL: dict[str, tuple[dict[str, Any], tuple[int, ...], str]] = {
@@ -357,17 +357,3 @@ def test_an_exported_slab_agrees_for_every_batch_size(name: str, tmp_path) -> No
     certificate = export_onnx(model, torch.randn(2, *shape[1:]), tmp_path / "model.onnx", dynamic="batch")
     assert certificate.passed, certificate.reason
     assert certificate.held == "batch"
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_slab_takes_any_small_image(spec: dict[str, Any]) -> None:
-    scales("slab", spec, "s")
-
-
-def test_scaled_slab_keeps_its_budget() -> None:
-    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
-    for size, low, high in (("xs", 3, 9), ("s", 18, 50), ("m", 70, 130), ("l", 220, 420)):
-        name, settings = system("slab").scale(spec, size)
-        with torch.device("meta"):
-            model = create_model(name, **settings).eval()
-            assert low < measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6 < high

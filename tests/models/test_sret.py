@@ -12,9 +12,8 @@ from gossamer.io import export_onnx
 from gossamer.mixers import create_mixer
 from gossamer.mixers.sliced import fixed_order
 from gossamer.models import create_model, load_official
-from gossamer.models.registry import system
 from official import golden, manifest, seeded_state
-from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
+from pyramids import costs_are_published, equals_official, manifest_fits
 
 TINY = {"base_dim": 8, "heads": (1, 2, 4), "depths": (2, 4, 2), "in_chans": 1, "num_classes": 7, "img_size": 64}
 WHOLE = {"groups": (1, 1, 1), "second_groups": (1, 1, 1)}
@@ -246,21 +245,6 @@ def test_two_passes_learn_in_a_number_of_steps_what_one_pass_of_as_many_paramete
     (once, _), (twice, right) = alike_known(1), alike_known(2)
     assert right > 0.95
     assert twice < once / 4
-
-
-@pytest.mark.parametrize("spec", [*SPECS, {"img_size": (28, 40), "in_chans": 3, "num_classes": 10}], ids=str)
-def test_scaled_sret_takes_any_small_image(spec: dict) -> None:
-    scales("sret", spec, "s")
-
-
-@pytest.mark.parametrize("side", [32, 96])
-def test_scaled_sret_keeps_its_budget(side: int) -> None:
-    spec = {"img_size": (side, side), "in_chans": 3, "num_classes": 10}
-    for size, low, high in (("xs", 3, 9), ("s", 18, 45), ("m", 70, 130), ("l", 220, 420)):
-        name, settings = system("sret").scale(spec, size)
-        with torch.device("meta"):
-            model = create_model(name, **settings)
-            assert low < measure.macs(model, (torch.empty(1, 3, side, side),)).total / 1e6 < high, (side, size)
 
 
 def test_a_small_sret_is_exported_with_slices_drawn_and_padded(tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from gossamer import catalogue, load, measure, save
 from gossamer.mixers import create_mixer
 from gossamer.models import create_model, load_official
-from gossamer.models.registry import system
 from gossamer.ops import grid as g
 from official import golden, manifest, seeded_state
-from pyramids import SPECS, costs_are_published, equals_official, manifest_fits, scales
+from pyramids import costs_are_published, equals_official, manifest_fits
 
 TINY = {"embed_dim": 16, "depths": (2, 2), "heads": (2, 4), "window": 4}
 OFFICIAL = {
@@ -182,17 +181,3 @@ def test_any_mixer_stands_in_the_blocks_of_swin() -> None:
         torch.manual_seed(0)
         outputs[mixer] = create_model("swin", **TINY, img_size=32, mixer=mixer, num_classes=5)(x)
     assert len({tuple(y[0].tolist()) for y in outputs.values()}) == 5
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_swin_takes_any_small_image(spec) -> None:
-    scales("swin", spec, "s")
-
-
-def test_scaled_swin_keeps_its_budget() -> None:
-    spec = {"img_size": (32, 32), "in_chans": 3, "num_classes": 10}
-    for size, low, high in (("xs", 3, 9), ("s", 18, 50), ("m", 70, 130), ("l", 220, 420)):
-        name, settings = system("swin").scale(spec, size)
-        with torch.device("meta"):
-            model = create_model(name, **settings).eval()
-            assert low < measure.macs(model, (torch.empty(1, 3, 32, 32),)).total / 1e6 < high

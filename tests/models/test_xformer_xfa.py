@@ -8,7 +8,6 @@ from sklearn.datasets import load_digits
 from gossamer import catalogue, measure
 from gossamer.io import export_onnx
 from gossamer.models import create_model
-from pyramids import SPECS, costs_within
 
 TINY = {
     "stem_widths": (8, 8),
@@ -143,9 +142,3 @@ def test_a_small_xformer_is_exported(tmp_path) -> None:
     certificate = export_onnx(model, torch.randn(2, 3, 16, 24), tmp_path / "m.onnx", exporter="fast")
     assert certificate.passed, certificate.reason
     assert certificate.held == "batch"
-
-
-@pytest.mark.parametrize("size", ["xs", "s", "m"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s["img_size"])))
-def test_scaled_models_cost_what_their_size_says(spec: dict, size: str) -> None:
-    costs_within("xformer-xfa", spec, size, most={"xs": 8.5, "s": 42, "m": 125}, least={"xs": 3, "s": 20, "m": 75})

@@ -16,6 +16,7 @@ from gossamer.measure import macs
 from gossamer.models import create_model
 from gossamer.models.folder import save
 from gossamer.shrink import run as module
+from gossamer.shrink import search
 from gossamer.shrink.artefacts import Point
 from gossamer.shrink.options import ShrinkOptions
 from gossamer.shrink.run import shrink
@@ -42,7 +43,7 @@ def digits(tmp_path_factory):
 def few():
     """Only two passes are tried: what the search does with more is the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TRIED", ("magnitude", "merging"))
+        patch.setattr(search, "TRIED", ("magnitude", "merging"))
         patch.setattr(module, "MOST_FINALISTS", 1)
         # On a busy machine a small model's latency says little; what the gate does is tested by itself.
         patch.setattr(module._Run, "_gate", lambda *a: None)
@@ -52,7 +53,7 @@ def few():
 @pytest.fixture(scope="module")
 def done(digits, few, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    options = ShrinkOptions(model=str(digits), data="digits", shares={"macs": 0.6}, seconds=90, out=out, quiet=True)
+    options = ShrinkOptions(model=str(digits), data="digits", shares={"macs": 0.6}, seconds=45, out=out, quiet=True)
     return shrink(options), options
 
 
@@ -82,11 +83,11 @@ def test_a_budget_in_multiply_adds_is_met_and_everything_is_there(done, digits):
 
 def test_passes_that_each_reach_a_part_of_the_work_are_tried_together():
     def tried(name, macs, val):
-        return module.Trial(name, [{"pass": name, "keep": 0.6}], val=val, cost={"macs": macs})
+        return search.Trial(name, [{"pass": name, "keep": 0.6}], val=val, cost={"macs": macs})
 
     before = Point("as it came", "float32", "", 0.9, {"macs": 100.0}, (1.0, 1.0))
-    run = SimpleNamespace(sign=1, model=None, calibration=SimpleNamespace(score=lambda model, limit: 0.9))
-    run.trials = [
+    whole = SimpleNamespace(sign=1, model=None, before=before, calibration=SimpleNamespace(score=lambda *_, **__: 0.9))
+    whole.trials = [
         tried("word_tables", 70.0, 0.9),
         tried("optin", 80.0, 0.88),
         tried("magnitude", 80.0, 0.5),  # of optin's family, and dearer
@@ -94,9 +95,9 @@ def test_passes_that_each_reach_a_part_of_the_work_are_tried_together():
         tried("merging", 90.0, 0.6),  # not needed
     ]
     both = [("optin", 1.0), ("word_tables", 1.0)]  # in the order in which they are done, not of their price
-    assert module._Run._stack(run, {"macs": 0.6}, before) == both
-    run.trials[0] = tried("word_tables", 55.0, 0.9)
-    assert module._Run._stack(run, {"macs": 0.6}, before) == []
+    assert search.Search.kindest_together(whole, {"macs": 0.6}) == both
+    whole.trials[0] = tried("word_tables", 55.0, 0.9)
+    assert search.Search.kindest_together(whole, {"macs": 0.6}) == []
 
 
 def test_the_same_call_gives_the_same_answer_without_work(done):
@@ -125,7 +126,7 @@ def test_a_killed_run_takes_up_what_was_finished(digits, few, tmp_path, monkeypa
     trials = sorted((tmp_path / "out" / "trials").glob("*/trial.json"))
     assert trials
     stamps = [t.stat().st_mtime_ns for t in trials]
-    monkeypatch.setattr(module._Run, "_apply", lambda *_: pytest.fail("a finished trial was run again"))
+    monkeypatch.setattr(search.Search, "_apply", lambda *_: pytest.fail("a finished trial was run again"))
     assert shrink(options).meets_budget
     assert [t.stat().st_mtime_ns for t in trials] == stamps
 
@@ -160,7 +161,7 @@ def test_recovery_learns_what_signals_name(digits, few, tmp_path, monkeypatch):
 
 
 def test_any_module_is_shrunk_through_the_api(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "TRIED", ("magnitude", "dependency"))
+    monkeypatch.setattr(search, "TRIED", ("magnitude", "dependency"))
     pytest.importorskip("torch_pruning", reason="torch-pruning is an extra")
     torch.manual_seed(0)
     net = nn.Sequential(

@@ -17,6 +17,7 @@ from gossamer.io import read_json, write_json
 from gossamer.models import create_model
 from gossamer.models.folder import save
 from gossamer.shrink import run as module
+from gossamer.shrink import search
 from gossamer.shrink.artefacts import ExportedModel, Point, Workshop, choose
 from gossamer.shrink.base import Calibration, run_pass
 from gossamer.shrink.options import ShrinkOptions
@@ -306,32 +307,32 @@ def test_arguments_of_the_wrong_kind_are_refused_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def bare(tmp_path: Path, **given: Any) -> Any:
-    """A run that has not begun."""
-    run = object.__new__(module._Run)
-    run.options, run.budget, run.trials, run.folder = options(tmp_path, **given), {}, [], tmp_path
-    return run
+def bare(**given: Any) -> Any:
+    """A search that has not begun."""
+    found = object.__new__(search.Search)
+    vars(found).update(given)
+    return found
 
 
-def test_a_budget_of_memory_alone_asks_for_a_smaller_file(tmp_path: Path) -> None:
-    run = bare(tmp_path)
-    run.budget = {"memory": 6.0}
+def test_a_budget_of_memory_alone_asks_for_a_smaller_file() -> None:
     before = Point("as it came", "float32", "", 0.9, {"memory": 10.0, "size": 4.0, "latency": 1.0}, (1.0, 1.0))
-    small = Point("as it came", "int8", "", 0.9, {"memory": 5.0, "size": 3.0, "latency": 1.0}, (1.0, 1.0))
-    assert run._strengths(before, None) == [{"size": 0.6}]
-    assert run._strengths(before, small) == [{"size": pytest.approx(0.8)}, {"size": 0.6}]
+    small = Point("as it came", "int8", "", 0.9, {"memory": 7.0, "size": 3.0, "latency": 1.0}, (1.0, 1.0))
+    assert bare(budget={"memory": 6.0}, before=before, small=None).targets() == [{"size": 0.6}]
+    both = bare(budget={"memory": 6.0}, before=before, small=small).targets()
+    assert both == [{"size": pytest.approx(0.8)}, {"size": 0.6}]
+    small.cost["memory"] = 5.0  # within the budget as it is: what is left to find is a float file
+    assert bare(budget={"memory": 6.0}, before=before, small=small).targets() == [{"size": 0.6}]
 
 
 def test_a_pass_that_breaks_in_any_way_does_not_end_the_others(tmp_path: Path, monkeypatch: Any) -> None:
-    run = bare(tmp_path)
+    run = bare(folder=tmp_path, calibration=digits())
     run.progress = type("Silent", (), {"tell": lambda *_: None})()
     run.clock = type("Clock", (), {"total": 100.0, "used": 0.0})()
-    run.calibration = digits()
-    before = Point("as it came", "float32", "", 0.9, {}, (1.0, 1.0))
+    run.before = Point("as it came", "float32", "", 0.9, {}, (1.0, 1.0))
     for error in (AttributeError("no such thing"), IndexError(), AssertionError("x\ny")):
-        monkeypatch.setattr(module._Run, "_apply", lambda *_, e=error: (_ for _ in ()).throw(e))
+        monkeypatch.setattr(search.Search, "_apply", lambda *_, e=error: (_ for _ in ()).throw(e))
         run.trials = []
-        trial = run._trial([{"pass": type(error).__name__, "keep": 0.5}], before)
+        trial = run.attempt([{"pass": type(error).__name__, "keep": 0.5}])
         assert trial.status == "failed"
         assert trial.why == (str(error).splitlines() or [type(error).__name__])[0]
     assert run.calibration.seconds == pytest.approx(20)

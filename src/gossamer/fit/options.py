@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gossamer.shrink.answer import RunResult, run_folder
 from gossamer.shrink.budget import check_budget, over_budget
 
 
@@ -62,24 +60,11 @@ class FitOptions:
     def folder(self) -> Path:
         if self.out is not None:
             return Path(self.out)
-        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.data or "").name.split(".")[0]) or "data"
-        return Path("runs") / f"{stem}-{digest}"
+        return run_folder(Path(self.data or "").name.split(".")[0] or "data", self.identity())
 
 
-@dataclass
-class FitResult:
-    """What came of a fit; `results.json` in a class."""
-
-    results: dict[str, Any]
-    folder: Path
-
-    @property
-    def meets_budget(self) -> bool:
-        return bool(self.results["meets_budget"])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.results, "folder": str(self.folder)}
+class FitResult(RunResult):
+    """What came of a fit."""
 
     def summary(self) -> str:
         """A few lines for a terminal."""
@@ -103,9 +88,4 @@ class FitResult:
         ]
         if not r["meets_budget"]:
             lines.append(f"budget   NOT met: {over_budget(cost, r['budget'])}")
-        lines += [
-            f"time     {r['seconds']:.0f} s of {r['asked_seconds']:.0f} s",
-            f"report   {self.folder / 'report.html'}",
-            f"use it   gossamer predict {self.folder} INPUT…",
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.closing()])

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,6 @@ import optuna
 import torch
 from torch import nn
 
-from gossamer import __version__
 from gossamer.data import Dataset, read_dataset
 from gossamer.fit.candidates import Candidate, enumerate_candidates, measure_candidates
 from gossamer.fit.finish import Finalist, finish
@@ -27,7 +25,7 @@ from gossamer.fit.options import FitOptions, FitResult
 from gossamer.fit.race import RUNGS, Race, base_settings, open_study, ranking, study_place, unit_seconds
 from gossamer.fit.report import write_report
 from gossamer.io import claim, plain, read_json, write_json
-from gossamer.measure import device_info
+from gossamer.shrink.answer import common_results, keep_winner
 from gossamer.shrink.artefacts import Point, Workshop, choose, metric_noise
 from gossamer.shrink.base import Calibration
 from gossamer.shrink.budget import excess
@@ -304,25 +302,9 @@ class _Run:
     # --- what is written ------------------------------------------------------------------------------------------
 
     def _common(self, candidates: list[Candidate]) -> dict[str, Any]:
-        data = self.data
+        asked = self.options
         return {
-            "gossamer": __version__,
-            "data": {
-                "source": str(self.options.data),
-                "train": len(data.train),
-                "val": len(data.val),
-                "test": len(data.test),
-                "spec": data.spec,
-                "problems": data.problems,
-            },
-            "task": data.task,
-            "metric": self.task.metric,
-            "maximise": self.task.maximise,
-            "budget": self.options.budget,
-            "asked_seconds": self.options.seconds,
-            "seed": self.options.seed,
-            "interrupted": self.clock.interrupted,
-            "device": device_info(),
+            **common_results(asked.data, self.data, self.task, self.clock, budget=asked.budget, seed=asked.seed),
             "settings": self.base.to_dict(),
             "candidates": [c.to_dict() for c in candidates],
             "winner": None,
@@ -330,9 +312,7 @@ class _Run:
         }
 
     def _keep(self, point: Point, finalist: Finalist, test: dict[str, Any]) -> dict[str, Any]:
-        shutil.copyfile(point.file, self.folder / "model.onnx.tmp")
-        (self.folder / "model.onnx.tmp").replace(self.folder / "model.onnx")
-        shutil.copytree(point.model, self.folder / "model", dirs_exist_ok=True)
+        keep_winner(point, self.folder)
         return {
             "name": point.name,
             "system": finalist.candidate.system,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.shrink.answer import RunResult, run_folder
 from gossamer.shrink.budget import BUDGET_UNITS, check_budget, over_budget
 from gossamer.shrink.recipe import check_recipe
 
@@ -93,24 +92,11 @@ class ShrinkOptions:
         if self.out is not None:
             return Path(self.out)
         asked = self.identity()
-        digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(asked["model"]).resolve().name) or "model"
-        return Path("runs") / f"shrink-{stem}-{digest}"
+        return run_folder(f"shrink-{Path(asked['model']).resolve().name or 'model'}", asked)
 
 
-@dataclass
-class ShrinkResult:
-    """What came of a shrink; `results.json` in a class."""
-
-    results: dict[str, Any]
-    folder: Path
-
-    @property
-    def meets_budget(self) -> bool:
-        return bool(self.results["meets_budget"])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.results, "folder": str(self.folder)}
+class ShrinkResult(RunResult):
+    """What came of a shrink."""
 
     def summary(self) -> str:
         """A few lines for a terminal."""
@@ -131,12 +117,7 @@ class ShrinkResult:
             lines.append(f"note     {len(problems) - MOST_NOTES} more about the data are in the report")
         if not r["meets_budget"]:
             lines.append(f"budget   NOT met: {over_budget(winner['cost'], r['budget'])}")
-        lines += [
-            f"time     {r['seconds']:.0f} s of {r['asked_seconds']:.0f} s",
-            f"report   {self.folder / 'report.html'}",
-            f'use it   gossamer predict {self.folder} INPUT…, gossamer.load("{self.folder}")',
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.closing(f', gossamer.load("{self.folder}")')])
 
 
 def _digest(model: str | Path | nn.Module) -> str:

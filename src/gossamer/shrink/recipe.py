@@ -27,7 +27,7 @@ from gossamer.io import load_weights, read_json
 from gossamer.layers.fold import fold_batch_norm
 from gossamer.layers.prune import Prunable
 from gossamer.models import create_model
-from gossamer.models.folder import save
+from gossamer.models.folder import built_by_name, save
 from gossamer.shrink import base, passes
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "read_recipe",
     "register_step",
     "replay",
+    "restore",
     "save",
 ]
 
@@ -89,6 +90,11 @@ def load(source: str | Path, model: nn.Module | None = None) -> nn.Module:
         words = " ".join(str(error).split())
         raise ValueError(f"{folder}: the weights do not fit the model that config and recipe make: {words}") from error
     return model.eval()
+
+
+def restore(source: Path, origin: nn.Module) -> nn.Module:
+    """The model that `save` wrote to `source` after passes on `origin`."""
+    return load(source, None if built_by_name(origin) else origin)
 
 
 def presets() -> list[str]:
