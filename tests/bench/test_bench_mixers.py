@@ -49,7 +49,8 @@ def test_grids_hold_a_sixteenth_a_quarter_and_all_of_the_tokens() -> None:
 def test_heads_are_about_32_channels_and_even() -> None:
     assert [heads_for(dim) for dim in (32, 64, 96, 192, 384)] == [2, 2, 4, 6, 12]
     assert heads_for(7) == 1
-    assert make_mixer("attention", 96, (4, 4), heads_for(96)).heads == 4
+    for name in ("attention", "kdgqa"):  # the second hands its heads on
+        assert make_mixer(name, 96, (4, 4), heads_for(96)).heads == 4
 
 
 def test_the_exponent_of_a_power_law_is_its_power() -> None:

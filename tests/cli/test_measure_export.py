@@ -23,6 +23,13 @@ def test_a_model_is_built_for_the_input_it_is_given() -> None:
     assert not model.training
 
 
+def test_an_image_that_does_not_fit_takes_the_form_that_pads() -> None:
+    model, (x,) = model_and_inputs("sit_tiny", "1x37x61")
+    assert model.config["pad"]
+    assert model(x).shape == (1, 192)
+    assert "pad" not in model_and_inputs("sit_tiny", "3x32x48")[0].config
+
+
 def test_tokens_and_series_are_told_by_the_model_itself() -> None:
     model, (ids,) = model_and_inputs("text_cct_2", "40")
     assert ids.shape == (1, 40)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gossamer.layers.prune import Prunable
-from gossamer.mixers import Mixer, create_mixer, list_mixers, mixer_class, mixer_keywords
+from gossamer.mixers import Mixer, create_mixer, list_mixers, mixer_class, mixer_keywords, options_for
 from gossamer.mixers.heads import HeadMixer
 
 GRIDS = {1: (13,), 2: (5, 7), 3: (3, 4, 5)}
@@ -67,6 +67,12 @@ def test_what_a_mixer_cannot_honour_is_refused(name: str, axes: int) -> None:
     for other in {1, 2, 3} - set(mixer.grids):
         with pytest.raises(ValueError, match="grid axes"):
             mixer(tokens(other))
+
+
+def test_a_block_hands_on_the_settings_of_the_same_name_and_kind() -> None:
+    assert options_for("kdgqa", {"heads": 2, "alpha": 0.5}) == {"heads": 2}
+    # The window of Hyena is a name, that of a block a number of tokens.
+    assert options_for("hyena", {"window": 7, "order": 3}) == {"order": 3}
 
 
 @pytest.mark.parametrize(("name", "axes"), MASKED)

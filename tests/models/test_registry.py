@@ -38,6 +38,37 @@ def test_what_is_not_known_is_refused_by_name() -> None:
         config_of(torch.nn.Linear(1, 1))
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("embed_dim", "96", "a whole number"),
+        ("embed_dim", True, "a whole number"),
+        ("window", 0, "at least 1"),
+        ("heads", (1, 0), "at least 1"),
+        ("depths", 2, "a sequence, each a whole number"),
+        ("depths", "22", "a sequence, each a whole number"),
+        ("depths", (1, -1), "at least 0"),
+        ("img_size", "32", "a whole number or 2 of them"),
+        ("img_size", (32, 32, 32), "a whole number or 2 of them"),
+        ("img_size", (32, -32), "at least"),
+        ("in_chans", 0, "at least 1"),
+        ("num_classes", -1, "at least 0"),
+        ("drop_path", -0.1, "below 1"),
+        ("drop", 1, "below 1"),
+        ("mlp_ratio", 0, "positive"),
+        ("mlp_ratio", float("nan"), "finite"),
+        ("init_std", "small", "a number or None"),
+        ("pad", 1, "True or False"),
+        ("mixer", None, "a name or a sequence, each a name"),
+        ("mixer_options", {"heads": "2"}, "a whole number"),
+    ],
+)
+def test_a_setting_of_another_kind_or_range_is_refused_by_name(setting: str, value: object, allowed: str) -> None:
+    name = next(iter(value)) if isinstance(value, dict) else setting
+    with pytest.raises(ValueError, match=rf"{name} must be .*{allowed}.*; got "):
+        create_model("swin", **{setting: value})
+
+
 def test_planned_systems_are_told_apart_from_unknown_ones() -> None:
     planned = next(entry for entry in catalogue.systems() if entry.status == "planned")
     with pytest.raises(ValueError, match="not built yet"):

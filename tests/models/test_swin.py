@@ -177,7 +177,7 @@ def test_the_dense_form_takes_the_backbone_of_a_classifier() -> None:
 def test_any_mixer_stands_in_the_blocks_of_swin() -> None:
     x = torch.randn(2, 3, 32, 32)
     outputs = {}
-    for mixer in ("window", "pool", "attention", "depthwise", "spatial_fc"):
+    for mixer in ("window", "pool", "attention", "depthwise", "spatial_fc", "kdgqa", "hyena"):
         torch.manual_seed(0)
         outputs[mixer] = create_model("swin", **TINY, img_size=32, mixer=mixer, num_classes=5)(x)
-    assert len({tuple(y[0].tolist()) for y in outputs.values()}) == 5
+    assert len({tuple(y[0].tolist()) for y in outputs.values()}) == 7

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from math import log
-from typing import Any
 
-from gossamer.mixers import Mixer, create_mixer, mixer_class
+from gossamer.mixers import Mixer, create_mixer, options_for
 
 HEAD_WIDTH = 32
 
@@ -19,11 +17,7 @@ def heads_for(dim: int) -> int:
 
 def make_mixer(name: str, dim: int, grid: tuple[int, ...], heads: int) -> Mixer:
     """The mixer with its paper's defaults but for `heads`, bound to `grid` where it is bound to one."""
-    known = inspect.signature(mixer_class(name).__init__).parameters
-    options: dict[str, Any] = {"heads": heads} if "heads" in known else {}
-    if "axes" in known and "grid" not in known:
-        options["axes"] = len(grid)
-    return create_mixer(name, dim, grid=grid, **options)
+    return create_mixer(name, dim, grid=grid, **options_for(name, {"heads": heads, "axes": len(grid)}))
 
 
 def reason(error: Exception) -> str:

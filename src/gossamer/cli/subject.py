@@ -41,8 +41,15 @@ def model_and_inputs(name: str, shape: str | None) -> tuple[nn.Module, tuple[Ten
         config: Any = model.config
         settings = _settings(config)
     else:
-        wanted = _overrides(_settings({"name": name}), size)
-        model = create_model(name, **wanted)
+        settings = _settings({"name": name})
+        wanted = _overrides(settings, size)
+        try:
+            model = create_model(name, **wanted)
+        except ValueError:
+            if size is None or settings.get("pad") is not False:
+                raise
+            wanted["pad"] = True  # the form that takes images of any size
+            model = create_model(name, **wanted)
         settings = _settings({"name": name, **wanted})
     torch.manual_seed(0)
     return model.eval(), _sample(settings, size)

@@ -1,6 +1,7 @@
 """Where a token is: sinusoid tables, learned tables, resizing either to another grid, and positions by convolution."""
 
 from collections.abc import Sequence
+from math import isqrt
 from typing import Literal
 
 import torch
@@ -43,6 +44,25 @@ def resize_positions(
     image = grid.unflatten(1, tuple(old)).movedim(-1, 1).float()
     image = F.interpolate(image, tuple(new), mode=mode, align_corners=False)
     return torch.cat((kept, image.movedim(1, -1).flatten(1, 2).to(table.dtype)), 1)
+
+
+def table_layout(rows: int, grid: Sequence[int]) -> tuple[int, tuple[int, int]]:
+    """How many rows of a position table are for tokens in front (none or one), and the grid of the others.
+
+    It is `grid` where the number of rows fits, and a square otherwise.
+
+    Raises:
+        ValueError: neither fits.
+    """
+    for front in (0, 1):
+        if rows - front == grid[0] * grid[1]:
+            return front, (grid[0], grid[1])
+    side = isqrt(rows)
+    if rows - side * side > 1:
+        raise ValueError(
+            f"a table of {rows} positions is of no square image; build the model with img_size= of the image it is for"
+        )
+    return rows - side * side, (side, side)
 
 
 class GridPositions(nn.Module):

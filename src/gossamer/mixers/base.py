@@ -12,12 +12,14 @@ and any other that is given is refused.
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from gossamer.layers.settings import check_settings, is_a
 
 HONOURED = ("mask", "context")
 
@@ -117,11 +119,21 @@ def mixer_keywords(name: str) -> dict[str, inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
     for cls in mixer_class(name).__mro__:
         if "__init__" in vars(cls):
-            own = inspect.signature(vars(cls)["__init__"]).parameters
+            own = inspect.signature(vars(cls)["__init__"], eval_str=True).parameters
             found = {key: p for key, p in own.items() if p.kind is p.KEYWORD_ONLY} | found
             if all(p.kind is not p.VAR_KEYWORD for p in own.values()):
                 break
     return found
+
+
+def options_for(name: str, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a block's settings that the mixer registered under `name` has too, as a setting of the same kind.
+
+    Raises:
+        ValueError: no such mixer.
+    """
+    known = mixer_keywords(name)
+    return {key: value for key, value in offered.items() if key in known and is_a(value, known[key].annotation)}
 
 
 def create_mixer(name: str, dim: int, *, grid: Sequence[int] | None = None, **options: Any) -> Mixer:
@@ -133,7 +145,8 @@ def create_mixer(name: str, dim: int, *, grid: Sequence[int] | None = None, **op
         options: keywords of the mechanism, the paper's defaults otherwise.
 
     Raises:
-        ValueError: no such mixer, an option it does not have, or no `grid` where it is needed.
+        ValueError: no such mixer, an option it does not have or that is out of its range, or no `grid` where it is
+            needed.
     """
     known = mixer_keywords(name)
     for option in options:
@@ -144,4 +157,5 @@ def create_mixer(name: str, dim: int, *, grid: Sequence[int] | None = None, **op
             raise ValueError(f"mixer {name!r} is bound to a grid; give grid=(…)")
         if grid is not None:
             options["grid"] = tuple(grid)
+    check_settings({**known, **inspect.signature(Mixer).parameters}, {"dim": dim, **options})
     return mixer_class(name)(dim, **options)

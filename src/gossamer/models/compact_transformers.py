@@ -24,8 +24,9 @@ from gossamer.layers import Block, Classifier, Mlp, TokenStem, resize_positions,
 from gossamer.layers.blocks import drop_path_rates
 from gossamer.layers.embed import Positions, pair
 from gossamer.layers.init import init_transformer
+from gossamer.layers.positions import table_layout
 from gossamer.layers.tokenizer import ConvTokenizer, TextTokenizer
-from gossamer.mixers import create_mixer
+from gossamer.mixers import create_mixer, options_for
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Isotropic
 
@@ -117,8 +118,8 @@ def _convert(model: Any, state: State) -> State:
         state["stem.positions"] = table if stem.official else table[:, 1:]
     else:
         prefix = 0 if stem.tokens is None else 1
-        side = round((table.shape[1] - prefix) ** 0.5)
-        state["stem.positions"] = resize_positions(table, (side, side), stem.grid, prefix=prefix, mode="bilinear")
+        old = table_layout(table.shape[1] - prefix, stem.grid)[1]
+        state["stem.positions"] = resize_positions(table, old, stem.grid, prefix=prefix, mode="bilinear")
     return state
 
 
@@ -309,9 +310,8 @@ def compact_transformer(
             assert table is not None
             stem.positions = nn.Parameter(table, requires_grad=False)
         grid = (grid[0] * grid[1] + 1,) if token else grid
-    options = dict(mixer_options or {})
-    if mixer == "attention":
-        options = {"heads": heads, "qkv_bias": False, "attn_drop": attn_drop, "drop": drop, **options}
+    own = options_for(mixer, {"heads": heads, "qkv_bias": False, "attn_drop": attn_drop, "drop": drop})
+    options = {**own, **(mixer_options or {})}
     blocks = [
         Block(
             dim,

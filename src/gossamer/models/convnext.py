@@ -10,7 +10,6 @@ Source: Liu et al. 2022, "A ConvNet for the 2020s".
 - `roadmap` is one of the paper's steps from ResNet-50 to here (`_convnext_roadmap.py`)
 """
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gossamer.layers import Block, Classifier, Conv, Mlp, PatchEmbed
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, options_for
 from gossamer.models._convnext_roadmap import STEPS, roadmap_network
 from gossamer.models._pyramids import keep_backbone, small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
@@ -147,8 +146,7 @@ def convnext(
     norm = partial(nn.LayerNorm, eps=1e-6)
     stem = Stem(in_chans, dims[0], patch, least=patch * 2 ** (len(dims) - 1), norm=norm if stem_norm else None)
     merges = [nn.Sequential(norm(dim), Conv(dim, out, 2, stride=2, padding=0)) for dim, out in pairwise(dims)]
-    known = inspect.signature(mixer_class(mixer)).parameters
-    options = {**({"kernel": kernel} if "kernel" in known else {}), **(mixer_options or {})}
+    options = {**options_for(mixer, {"kernel": kernel}), **(mixer_options or {})}
     grids = token_grid(img_size, patch, len(dims), up=False)
     stages = [
         [

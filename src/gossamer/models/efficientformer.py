@@ -24,6 +24,7 @@ from gossamer.layers.blocks import drop_path_rates
 from gossamer.layers.distilled import DistilledClassifier
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
+from gossamer.layers.positions import table_layout
 from gossamer.layers.stem import ConvStem
 from gossamer.mixers import create_mixer
 from gossamer.mixers.offset_bias_attention import OffsetBiasAttention
@@ -96,10 +97,10 @@ def _convert(model: Any, state: State) -> State:
 
 def _resize_biases(table: Tensor, grid: tuple[int, ...]) -> Tensor:
     """A bias table over offsets `0 .. side - 1` on both axes, resized to another grid; offset 0 stays offset 0."""
-    side = round(table.shape[1] ** 0.5)
-    if (side, side) == grid:
+    old = table_layout(table.shape[1], grid)[1]
+    if old == grid:
         return table
-    image = table.float().view(1, -1, side, side)
+    image = table.float().view(1, -1, *old)
     image = F.interpolate(image, grid, mode="bicubic", align_corners=True)
     return image.flatten(2)[0].to(table.dtype)
 

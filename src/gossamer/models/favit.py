@@ -22,7 +22,7 @@ from torch import nn
 from gossamer.layers import Block, Classifier, ConvNorm, LayerNorm, PatchEmbed
 from gossamer.layers.init import init_transformer
 from gossamer.layers.mlp import ConvMlp
-from gossamer.mixers import create_mixer, mixer_keywords
+from gossamer.mixers import create_mixer, options_for
 from gossamer.models._pyramids import BUDGETS, small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
@@ -147,15 +147,13 @@ def favit(
     each = {"dims": dims, "depths": depths, "heads": heads, "reductions": reductions, "mlp_ratios": mlp_ratios}
     if len({len(setting) for setting in each.values()}) > 1:
         raise ValueError(f"settings of the stages must be of one length, got {each}")
-    known = mixer_keywords(mixer)
     grids = token_grid(img_size, patch, len(dims), up=True)
     norm = partial(nn.LayerNorm, eps=1e-6)
     kernel = _kernel(patch)
     stages: list[list[nn.Module]] = []
     for i, rates in enumerate(stage_rates(drop_path, depths)):
         dim = dims[i]
-        own = {"heads": heads[i], "reduction": reductions[i], "window": window, "pool": pool}
-        own = {k: v for k, v in own.items() if k in known}
+        own = options_for(mixer, {"heads": heads[i], "reduction": reductions[i], "window": window, "pool": pool})
         blocks: list[nn.Module] = []
         for rate in rates:
             mix = create_mixer(mixer, dim, grid=grids[i], **{**own, **(mixer_options or {})})

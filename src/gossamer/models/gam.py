@@ -11,7 +11,6 @@ Source: Rishiraj 2025, "Gated Associative Memory: A Parallel O(N) Architecture f
   layer; the convolution then looks to both sides
 """
 
-import inspect
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gossamer.layers import Block, Classifier, Mlp, TextStem
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, mixer_class, options_for
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Isotropic
 
@@ -146,12 +145,11 @@ def gam(
     Raises:
         ValueError: a language model with a mixer that has no causal form.
     """
-    known = inspect.signature(mixer_class(mixer)).parameters
     causal = num_classes is None
     if causal and not mixer_class(mixer).causal_form:
         raise ValueError(f"mixer must have a causal form for a language model, got {mixer!r}")
     wanted = dict(slots=slots, kernel=kernel, fusion=fusion, heads=heads, attn_drop=drop, drop=drop, causal=causal)
-    options = {name: value for name, value in wanted.items() if name in known}
+    options = options_for(mixer, wanted)
     blocks: list[nn.Module] = [
         Block(dim, create_mixer(mixer, dim, grid=(max_len,), **options), _EndDropMlp(dim, 4 * dim, drop))
         for _ in range(depth)

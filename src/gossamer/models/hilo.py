@@ -12,7 +12,6 @@ is More: Pay Less Attention in Vision Transformers".
 - the authors' classification code takes square images only; nothing here needs it
 """
 
-import inspect
 from collections.abc import Sequence
 from itertools import pairwise
 from math import sqrt
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from gossamer.layers import BatchNorm, Block, Classifier, Conv, LayerNorm
 from gossamer.layers.init import init_transformer
 from gossamer.layers.mlp import ConvMlp
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, options_for
 from gossamer.models._pyramids import keep_backbone, small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
 from gossamer.models.swin import Stem
@@ -176,12 +175,11 @@ def hilo(
         )
     dims = [embed_dim * 2**i for i in range(len(depths))]
     grids = token_grid(img_size, patch, len(depths), up=pad)
-    known = inspect.signature(mixer_class(mixer)).parameters
     stages = []
     for dim, count, window, grid, rates in zip(
         dims, heads, windows, grids, stage_rates(drop_path, depths), strict=True
     ):
-        own = {k: v for k, v in {"heads": count, "window": window, "alpha": alpha}.items() if k in known}
+        own = options_for(mixer, {"heads": count, "window": window, "alpha": alpha})
         blocks = []
         for rate in rates:
             mlp = ConvMlp(dim, int(dim * mlp_ratio), drop=drop)

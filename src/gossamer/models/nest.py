@@ -14,7 +14,6 @@ Understanding".
   means to do and does not. Square images that the tree divides, as released, or any with `pad=True`
 """
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from gossamer.layers import Block, Classifier, Conv, Mlp, PatchEmbed, resize_positions
 from gossamer.layers.embed import pair
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, options_for
 from gossamer.models._pyramids import small_pyramid, stage_rates
 from gossamer.models.registry import State, register_system
 from gossamer.ops import grid as g
@@ -213,8 +212,7 @@ def _level(
     mixer_options: dict[str, Any] | None = None,
     mlp_ratio: float = 4.0,
 ) -> Level:
-    known = inspect.signature(mixer_class(mixer)).parameters
-    options = {**({"heads": heads} if "heads" in known else {}), **(mixer_options or {})}
+    options = {**options_for(mixer, {"heads": heads}), **(mixer_options or {})}
     layers = [
         Block(
             dim,

@@ -25,7 +25,7 @@ from gossamer.layers.linear import linear
 from gossamer.layers.mlp import ConvMlp
 from gossamer.layers.positions import ConvPositions
 from gossamer.layers.stem import ConvStem
-from gossamer.mixers import create_mixer, mixer_keywords
+from gossamer.mixers import create_mixer, options_for
 from gossamer.models._pyramids import keep_backbone, small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
@@ -193,12 +193,11 @@ def ppma(
     if len({len(setting) for setting in each.values()}) > 1:
         raise ValueError(f"settings of the stages must be of one length, got {each}")
     grids = token_grid(img_size, stem_strides[0] * stem_strides[1], len(dims), up=True)
-    known = mixer_keywords(mixer)
     norm = partial(nn.LayerNorm, eps=1e-6)
     stages = []
     for i, rates in enumerate(stage_rates(drop_path, depths)):
         dim = dims[i]
-        own = {k: v for k, v in {"heads": heads[i], "separable": separable[i]}.items() if k in known}
+        own = options_for(mixer, {"heads": heads[i], "separable": separable[i]})
         blocks = []
         for rate in rates:
             mix = create_mixer(mixer, dim, grid=grids[i], **{**own, **(mixer_options or {})})

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from gossamer.layers import Block, Classifier, ConvNorm, GridPositions, LayerNorm, Mlp, PatchEmbed, resize_positions
 from gossamer.layers.init import init_transformer
 from gossamer.layers.mlp import ConvMlp
-from gossamer.mixers import create_mixer, mixer_keywords
+from gossamer.layers.positions import table_layout
+from gossamer.mixers import create_mixer, options_for
 from gossamer.models._pyramids import small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
@@ -129,22 +130,13 @@ def convert(model: Any, state: State) -> State:
             continue
         place = "stem.1" if i == 1 else f"merges.{i - 2}.1"
         new = tuple(own[f"{place}.table"].shape[1:3])
-        slot, old = _layout(table.shape[1], new)
+        slot, old = table_layout(table.shape[1], new)
         if slot and f"merges.{last - 2}.2.token" in own:
             state[f"merges.{last - 2}.2.position"] = table[:, :1]
         state[f"{place}.table"] = resize_positions(table[:, slot:], old, new, mode="bilinear").unflatten(1, new)
     if "cls_token" in state:
         state[f"merges.{last - 2}.2.token"] = state.pop("cls_token")
     return state
-
-
-def _layout(rows: int, grid: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
-    """Whether a table has a row for the class token, and the rows and columns of its grid part."""
-    for slot in (0, 1):
-        if rows - slot == prod(grid):
-            return slot, (grid[0], grid[1])
-    side = int(rows**0.5)
-    return rows - side * side, (side, side)
 
 
 RULES: list[tuple[str, str | None]] = [
@@ -264,8 +256,7 @@ def pvt(
         reduce = "adaptive" if linear else "conv"
         flat = token and i == stages - 1
         offered = {"heads": heads[i], "ratio": ratios[i], "reduce": reduce}
-        known = mixer_keywords(names[i])
-        options = {**{k: v for k, v in offered.items() if k in known}, **mixer_options[i]}
+        options = {**options_for(names[i], offered), **mixer_options[i]}
         blocks: list[nn.Module] = []
         for rate in rates:
             mix = create_mixer(names[i], dim, grid=None if flat else grid, **options)

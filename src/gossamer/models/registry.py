@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gossamer import catalogue
 from gossamer.io import read_checkpoint
+from gossamer.layers.settings import check_settings
 
 Rules = Sequence[tuple[str, str | None]]
 State = dict[str, Tensor]
@@ -94,16 +95,17 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     The result carries `config` (name and overrides: all that is needed to build it again).
 
     Raises:
-        ValueError: no such name, or an override the builder does not take.
+        ValueError: no such name, or an override the builder does not take or that is out of its range.
     """
     entry = system(catalogue.find(name).slug)
     if name != entry.slug and name not in entry.variants:
         raise ValueError(f"{name} is published but not built; {entry.slug} has {', '.join(entry.variants)}")
     settings = {**entry.variants.get(name, {}), **{k: _tuples(v) for k, v in overrides.items()}}
-    known = inspect.signature(entry.build).parameters
+    known = inspect.signature(entry.build, eval_str=True).parameters
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+    check_settings(known, settings)
     model = entry.build(**settings)
     model.config = {"name": name, **overrides}  # type: ignore[assignment]
     return model

@@ -29,7 +29,7 @@ from gossamer.layers.embed import pair
 from gossamer.layers.init import init_by_width
 from gossamer.layers.positions import resize_positions
 from gossamer.layers.stem import ConvStem
-from gossamer.mixers import create_mixer
+from gossamer.mixers import create_mixer, options_for
 from gossamer.mixers.sliced import SlicedAttention
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Pyramid
@@ -285,10 +285,8 @@ def sret(
     for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
         stage: list[nn.Module] = []
         for block in range(depth // loops):
-            options = dict(mixer_options or {})
-            if mixer == "sliced":
-                options = {"heads": heads[i], "groups": groups[i], "fresh": fresh, "pad": pad, **options}
-            mix = create_mixer(mixer, dim, grid=_grid(size, step * 2**i), **options)
+            own = options_for(mixer, {"heads": heads[i], "groups": groups[i], "fresh": fresh, "pad": pad})
+            mix = create_mixer(mixer, dim, grid=_grid(size, step * 2**i), **{**own, **(mixer_options or {})})
             # A shared block has one rate, that of its number in the stage, though it stands for several passes.
             rate = drop_path * (sum(depths[:i]) + block) / sum(depths)
             shared = WeighedBlock(

@@ -11,7 +11,6 @@ Source: Liu et al. 2021, "Swin Transformer: Hierarchical Vision Transformer usin
 - index tables and masks are rebuilt, never loaded; a bias table of another window is resized (bicubic)
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import lcm
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from gossamer.layers import Block, Classifier, GridPositions, LayerNorm, Mlp, PatchEmbed, resize_positions
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.layers.positions import table_layout
+from gossamer.mixers import create_mixer, options_for
 from gossamer.mixers.window import window_side
 from gossamer.models._pyramids import keep_backbone, small_pyramid, stage_rates, token_grid
 from gossamer.models.registry import State, register_system
@@ -112,9 +112,8 @@ def _convert(model: Any, state: State) -> State:
         elif key == "stem.1.table":
             # One row a token in the classification form, a map (1, c, h, w) in the dense one.
             table = value if value.ndim == 3 else value.flatten(2).transpose(1, 2)
-            side = round(table.shape[1] ** 0.5)
-            old_grid = (side, side) if value.ndim == 3 else (value.shape[2], value.shape[3])
             new_grid = (own[key].shape[1], own[key].shape[2])
+            old_grid = table_layout(table.shape[1], new_grid)[1] if value.ndim == 3 else value.shape[2:]
             state[key] = resize_positions(table, old_grid, new_grid).unflatten(1, new_grid)
     return keep_backbone(model, state, "norm.", "head.")
 
@@ -227,9 +226,12 @@ def swin(
     dims = [embed_dim * 2**i for i in range(len(depths))]
     small = "pad" if dense else "shrink"
     grids = token_grid(img_size, patch, len(depths), up=pad or dense)
-    known = [inspect.signature(mixer_class(name)).parameters for name in names]
     # Window sides by which maps are cut, 1 where they are not.
-    windows = [o.get("window", window) if "window" in k else 1 for k, o in zip(known, mixer_options, strict=True)]
+    sides = [
+        {**options_for(name, {"window": window}), **given}.get("window")
+        for name, given in zip(names, mixer_options, strict=True)
+    ]
+    windows = [side if isinstance(side, int) else 1 for side in sides]
     multiple = None if pad or dense else _multiple(img_size, patch, grids, windows)
     stem = nn.Sequential(Stem(in_chans, embed_dim, patch, multiple=multiple, norm=norm))
     if ape:
@@ -240,7 +242,7 @@ def swin(
         blocks = []
         for i, rate in enumerate(rates):
             options = {"heads": heads[s], "window": window, "shifted": i % 2 == 1, "small": small}
-            options = {**{k: v for k, v in options.items() if k in known[s]}, **mixer_options[s]}
+            options = {**options_for(names[s], options), **mixer_options[s]}
             mix = create_mixer(names[s], dim, grid=grids[s], **options)
             blocks.append(Block(dim, mix, Mlp(dim, int(dim * mlp_ratio), drop=drop), norm=norm, drop_path=rate))
         stages.append(blocks)

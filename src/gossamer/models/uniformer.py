@@ -22,6 +22,7 @@ and dense forms are of Li et al. 2022, "UniFormer: Unifying Convolution and Self
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from math import gcd
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -32,9 +33,9 @@ from gossamer.layers import BatchNorm, Block, Classifier, ConvNorm, LayerNorm, M
 from gossamer.layers.conv import channels_last
 from gossamer.layers.init import init_transformer
 from gossamer.layers.positions import ConvPositions
-from gossamer.mixers import create_mixer
+from gossamer.mixers import create_mixer, options_for
 from gossamer.mixers.attention import Attention
-from gossamer.models._pyramids import keep_backbone, small_pyramid, stage_rates
+from gossamer.models._pyramids import keep_backbone, small_pyramid, stage_rates, token_grid
 from gossamer.models._uniformer_light import ClassToken, LightBlock, halved, in_turn
 from gossamer.models.registry import State, register_system
 from gossamer.ops.grid import pad_to_multiple
@@ -374,14 +375,13 @@ def uniformer(
         windows: in stage 3, attention inside windows in `all` blocks, or in all but every fourth (`hybrid`).
         window: side of those windows in tokens.
         pad: fill up what patches and merging do not divide with zeros.
-        img_size: of the images to come; any size fits.
+        img_size: only mixers bound to a grid need it; the model takes any image.
         mixer: what mixes tokens in the local stages.
 
     Raises:
         ValueError: `dims` and `depths` differ in length, `head_dim` does not divide a global stage's channels, or
             options are given together that exclude each other.
     """
-    del img_size
     if len(dims) != len(depths):
         raise ValueError(f"dims and depths must be of one length, got {tuple(dims)} and {tuple(depths)}")
     if not 0 <= local_stages <= len(dims):
@@ -404,16 +404,19 @@ def uniformer(
     axes = 3 if video else 2
     norm = partial(nn.LayerNorm, eps=1e-6)
     stages: list[list[nn.Module]] = []
-    for index, (dim, rates) in enumerate(zip(dims, stage_rates(drop_path, depths), strict=True)):
+    # Of clips the number of frames is not known before they come.
+    grids: Sequence[tuple[int, int] | None] = (
+        [None] * len(dims) if video else token_grid(img_size, patch, len(dims), up=pad or conv_stem)
+    )
+    for index, (dim, grid, rates) in enumerate(zip(dims, grids, stage_rates(drop_path, depths), strict=True)):
         blocks: list[nn.Module] = []
         for place, rate in enumerate(rates):
             mlp = Mlp(dim, int(dim * mlp_ratio))
             shared: dict[str, Any] = dict(axes=axes, drop_path=rate)
             if index < local_stages:
-                given: dict[str, Any] = mixer_options or {}
-                if mixer == "local_aggregator":
-                    given = {"kernel": kernel, "axes": axes, **given}
-                blocks.append(UniBlock(dim, create_mixer(mixer, dim, **given), mlp, norm=BatchNorm, **shared))
+                own = options_for(mixer, {"kernel": kernel, "axes": axes, "heads": gcd(dim, max(1, dim // head_dim))})
+                mix = create_mixer(mixer, dim, grid=grid, **{**own, **(mixer_options or {})})
+                blocks.append(UniBlock(dim, mix, mlp, norm=BatchNorm, **shared))
                 continue
             shared |= {"norm": norm, "layer_scale": layer_scale}
             windowed = index == 2 and (windows == "all" or (windows == "hybrid" and (place + 1) % HYBRID_STEP))

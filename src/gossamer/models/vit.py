@@ -22,7 +22,7 @@ from gossamer.layers.blocks import drop_path_rates
 from gossamer.layers.distilled import DistilledClassifier
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
-from gossamer.mixers import create_mixer, mixer_keywords
+from gossamer.mixers import create_mixer, options_for
 from gossamer.models.registry import State, register_system
 from gossamer.trunks import Isotropic
 
@@ -172,9 +172,7 @@ def vit(
     norm = norm or partial(nn.LayerNorm, eps=eps)
     blocks = []
     for name, rate in zip(names, drop_path_rates(drop_path, depth), strict=True):
-        options = dict(mixer_options or {})
-        if "heads" in mixer_keywords(name):
-            options.setdefault("heads", heads)
+        options = {**options_for(name, {"heads": heads}), **(mixer_options or {})}
         mix = create_mixer(name, dim, grid=None if flat else grid, **options)
         mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         blocks.append(Block(dim, mix, mlp, norm=norm, layer_scale=layer_scale, drop_path=rate))

@@ -36,7 +36,8 @@ from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
 from gossamer.layers.linear import linear
 from gossamer.layers.mlp import ConvMlp
-from gossamer.mixers import create_mixer, mixer_keywords
+from gossamer.layers.positions import table_layout
+from gossamer.mixers import create_mixer, options_for
 from gossamer.models.registry import State, register_system
 
 Norm = partial(nn.LayerNorm, eps=1e-6)
@@ -264,11 +265,10 @@ def _convert(model: Any, state: State) -> State:
         state = {**{k: v for k, v in own.items() if not k.startswith(vit) or ".scale" in k}, **state}
     for key, value in state.items():
         if key == "positions.table" and value.ndim == 3:
-            # A square table, after the row of a class token where there is one.
-            side = int(value.shape[1] ** 0.5)
-            table = value[:, value.shape[1] - side * side :]
+            # After the row of a class token where there is one.
             grid = tuple(own[key].shape[1:3])
-            state[key] = resize_positions(table, (side, side), grid).unflatten(1, grid)
+            front, old = table_layout(value.shape[1], grid)
+            state[key] = resize_positions(value[:, front:], old, grid).unflatten(1, grid)
         elif key.startswith("cnn.fcs.") and value.ndim == 4:
             # 1x1 convolutions are linear maps here.
             state[key] = value.flatten(1)
@@ -380,9 +380,7 @@ def vit_comer(
     grid = (max(1, height // 16), max(1, width_px // 16))
     blocks = []
     for name, rate in zip(names, drop_path_rates(drop_path, depth), strict=True):
-        options = dict(mixer_options or {})
-        if "heads" in mixer_keywords(name):
-            options.setdefault("heads", heads)
+        options = {**options_for(name, {"heads": heads}), **(mixer_options or {})}
         if name == "plain_window":
             # The authors cut windows from the products.
             options.setdefault("fill", "products")

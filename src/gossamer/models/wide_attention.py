@@ -14,7 +14,6 @@ encoder of Long Range Arena (Tay et al. 2020).
 """
 
 import copy
-import inspect
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from gossamer.layers import Block, Mlp, TextStem, mean_pool
-from gossamer.mixers import create_mixer, mixer_class
+from gossamer.mixers import create_mixer, options_for
 from gossamer.mixers.attention import Attention
 from gossamer.mixers.heads import HeadMixer
 from gossamer.mixers.sequence import SequenceMixer, head_tensors
@@ -285,9 +284,8 @@ def wide_attention(
     token = pool == "token" and not matching
     blocks = []
     for layer in range(layers):
-        known = inspect.signature(mixer_class(mixer)).parameters
         wanted = dict(heads=heads, head_dim=head_dim, qkv_bias=False, out_bias=False, seed=layer)
-        options = {name: value for name, value in wanted.items() if name in known} | (mixer_options or {})
+        options = options_for(mixer, wanted) | (mixer_options or {})
         mix = create_mixer(mixer, dim, grid=(max_len + token,), **options)
         part = Mlp(dim, mlp, act=partial(nn.GELU, approximate="tanh"), drop=drop)
         blocks.append(WideBlock(dim, mix, part, drop=drop, head_chunk=head_chunk))

@@ -24,7 +24,7 @@ from gossamer.layers import Block, Classifier, ConvNorm, Mlp
 from gossamer.layers.blocks import drop_path_rates
 from gossamer.layers.conv import SqueezeExcite, channels_last
 from gossamer.layers.init import init_transformer
-from gossamer.mixers import create_mixer, mixer_keywords
+from gossamer.mixers import create_mixer, options_for
 from gossamer.models._pyramids import BUDGETS, small_pyramid, token_grid
 from gossamer.models.registry import register_system
 from gossamer.trunks import Pyramid
@@ -176,8 +176,7 @@ def xformer(
         )
     if stem_widths[-1] != dims[0]:
         raise ValueError(f"stem_widths must end in dims[0], got {tuple(stem_widths)} and {tuple(dims)}")
-    known = mixer_keywords(mixer)
-    options = {**({"heads": heads} if "heads" in known else {}), **(mixer_options or {})}
+    options = {**options_for(mixer, {"heads": heads}), **(mixer_options or {})}
     least = 2 ** (len(dims) - 1)
     for stride in stem_strides:
         least *= stride
