@@ -7,7 +7,8 @@ medians, the peaks and the ratios ours / theirs, and the geometric means by mode
 What was measured before stays in the file until it is measured again.
 
 - `--mode compiled` hands both to `torch.compile`, each shape for itself; compiling is not timed
-- peak memory is what a call holds above the level before it, the least of three calls
+- peak memory is what a call holds above the level before it, the least of three calls; each model has a process of
+  its own, since an allocator remembers what was run before
 - both run in one process on the same input, in turn, in an order drawn anew for each round
 - a training step is forward, loss, backward and one step of plain SGD
 - the same architecture on both sides: parameter counts must be equal, or the model is refused
@@ -22,9 +23,11 @@ import math
 import sys
 import types
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +166,17 @@ def forms(model: nn.Module, inputs: tuple[Tensor, ...], kind: str, mode: str) ->
 
 
 def compare(
-    name: str, official: Path | None, batches: list[int], kinds: list[str], modes: list[str], budget: float
+    name: str,
+    official: Path | None,
+    batches: list[int],
+    kinds: list[str],
+    modes: list[str],
+    budget: float,
+    threads: int | None,
 ) -> list[dict[str, Any]]:
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
     pair = PAIRS[name]
     ours, theirs = pair.ours(), pair.theirs(official)
     counts = [sum(p.numel() for p in m.parameters()) for m in (ours, theirs)]
@@ -177,9 +189,9 @@ def compare(
         both = {"ours": forms(ours, x, kind, mode), "theirs": forms(theirs, other, kind, mode)}
         for call in both.values():
             call()
+        peaks = {who: min(peak_memory(call).mib for _ in range(3)) for who, call in both.items()}
         found = latency(both, budget_s=budget, min_runs=7)
         mine, yours = found["ours"], found["theirs"]
-        peaks = {who: min(peak_memory(call).mib for _ in range(3)) for who, call in both.items()}
         row = {
             "model": name,
             "reference": pair.official or "timm",
@@ -232,8 +244,8 @@ def main() -> None:
         if needed and not (given.official and (given.official / needed).is_dir()):
             left_out[name] = f"{needed} is not under --official"
             continue
-        torch.manual_seed(0)
-        rows = compare(name, given.official, *settings, given.budget)
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            rows = alone.submit(compare, name, given.official, *settings, given.budget, given.threads).result()
         measured = {_place(row) for row in rows}
         kept = [row for row in kept if _place(row) not in measured] + rows
         write_json(given.out, {**summary(kept), "left_out": left_out, "rows": kept})

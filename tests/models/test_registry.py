@@ -48,14 +48,17 @@ def test_what_is_not_known_is_refused_by_name() -> None:
         ("depths", 2, "a sequence, each a whole number"),
         ("depths", "22", "a sequence, each a whole number"),
         ("depths", (1, -1), "at least 0"),
-        ("img_size", "32", "a whole number or 2 of them"),
-        ("img_size", (32, 32, 32), "a whole number or 2 of them"),
-        ("img_size", (32, -32), "at least"),
+        ("img_size", "32", "a whole number or 2 entries, each a whole number"),
+        ("img_size", (32, 32, 32), "a whole number or 2 entries, each a whole number"),
+        ("img_size", (32, 0), "at least 1"),
         ("in_chans", 0, "at least 1"),
         ("num_classes", -1, "at least 0"),
+        ("patch", (), "a whole number"),
+        ("heads", (), "an entry"),
+        ("mixer_options", 0, "a mapping"),
         ("drop_path", -0.1, "below 1"),
         ("drop", 1, "below 1"),
-        ("mlp_ratio", 0, "positive"),
+        ("mlp_ratio", -1, "positive"),
         ("mlp_ratio", float("nan"), "finite"),
         ("init_std", "small", "a number or None"),
         ("pad", 1, "True or False"),
@@ -65,7 +68,7 @@ def test_what_is_not_known_is_refused_by_name() -> None:
 )
 def test_a_setting_of_another_kind_or_range_is_refused_by_name(setting: str, value: object, allowed: str) -> None:
     name = next(iter(value)) if isinstance(value, dict) else setting
-    with pytest.raises(ValueError, match=rf"{name} must be .*{allowed}.*; got "):
+    with pytest.raises(ValueError, match=rf"{name} must be .*{allowed}.*, got "):
         create_model("swin", **{setting: value})
 
 

@@ -1,6 +1,7 @@
 """`gossamer shrink` end to end on small models: budgets, recipes, kills, files that work."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,27 @@ def test_passes_that_each_reach_a_part_of_the_work_are_tried_together():
     assert search.Search.kindest_together(whole, {"macs": 0.6}) == []
 
 
+@pytest.mark.parametrize(
+    ("budget", "shares", "latency", "kept"),
+    [
+        ({}, {"size": 0.3}, 1.0, ["size"]),
+        ({}, {"size": 0.3, "params": 0.9}, 1.0, ["size"]),
+        ({}, {"size": 0.3}, 1.2, []),  # slower
+        ({}, {"size": 0.3, "latency": 0.9}, 1.0, []),
+        ({"latency": 2.0, "size": 3.0}, {}, 1.0, ["size"]),  # fast enough as it was
+        ({"latency": 0.5, "size": 3.0}, {}, 1.0, []),
+        ({}, {"params": 0.3}, 1.0, []),
+    ],
+)
+def test_what_is_smaller_and_no_slower_is_kept_where_no_more_speed_was_asked_for(budget, shares, latency, kept):
+    def point(latency, size):
+        cost = {"latency": latency, "size": size, "params": 10.0}
+        return Point("net", "float32", "", 0.9, cost, (latency - 0.05, latency + 0.05))
+
+    asked = SimpleNamespace(options=SimpleNamespace(budget=budget, shares=shares))
+    assert module._Run._smaller(asked, point(1.0, 4.0), point(latency, 1.0)) == kept
+
+
 def test_the_same_call_gives_the_same_answer_without_work(done):
     result, options = done
     assert shrink(options).results == result.results
@@ -189,6 +211,11 @@ def test_any_module_is_shrunk_through_the_api(few, tmp_path, monkeypatch):
         ({"recipe": [{"keep": 0.5}]}, "each line of a recipe"),
         ({"recipe": [{"pass": "melt"}]}, "pass must be one of"),
         ({"recipe": [{"pass": "recover", "minutes": 3}]}, "recover has no setting minutes"),
+        ({"recipe": [{"pass": "recover"}, {"pass": "depth", "keep": 7}]}, r"keep of depth must be in \(0, 1\], got 7"),
+        ({"recipe": [{"pass": "magnitude", "keep": "half"}]}, r"keep of magnitude must be in \(0, 1\], got 'half'"),
+        ({"recipe": [{"pass": "recover", "seconds": -1}]}, "seconds of recover must be a number, 0 or more, got -1"),
+        ({"recipe": [{"pass": "recover", "seconds": math.inf}]}, "0 or more, got inf"),
+        ({"recipe": [{"pass": "recover", "seconds": 700}] * 2}, "are 1400 in all, more than the time for everything"),
         ({"recipe": [{"pass": "recover", "signals": ["smells"]}]}, "signals"),
         ({"recipe": [{"pass": "recover", "relation_heads": 2}]}, "relation_heads without signals"),
         ({"data": "toy-text"}, "toy-text are texts"),

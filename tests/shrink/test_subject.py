@@ -354,8 +354,8 @@ def test_a_pass_of_a_recipe_that_cannot_handle_the_model_is_left_out_and_named(
     assert "Left out: 1 optin" in (tmp_path / "out" / "report.html").read_text()
     with pytest.raises(ValueError, match="nothing of the recipe was done; 1 optin cannot handle"):
         shrink(options(tmp_path / "two", shares={}, recipe=[{"pass": "optin"}]))
-    with pytest.raises(ValueError, match=r"step 1 greenformers of the recipe: keep must be in \(0, 1\], got 7"):
-        shrink(options(tmp_path / "three", shares={}, recipe=[{"pass": "greenformers", "keep": 7}]))
+    with pytest.raises(ValueError, match=r"step 1 greenformers of the recipe: rank must be above 0, got -7"):
+        shrink(options(tmp_path / "three", shares={}, recipe=[{"pass": "greenformers", "rank": -7}]))
 
 
 class OneByOne(Picks):

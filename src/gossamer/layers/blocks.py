@@ -73,10 +73,10 @@ class Block(nn.Module):
         self.residual = residual
         self.norm1 = norm(dim) if norm else nn.Identity()
         self.mixer = mixer
-        self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
+        self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.norm2 = (norm(dim) if norm else nn.Identity()) if two else None
         self.mlp = mlp
-        self.scale2 = None if layer_scale is None or not two else nn.Parameter(torch.full((dim,), layer_scale))
+        self.scale2 = None if layer_scale is None or not two else nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.drop_path = DropPath(drop_path) if drop_path else None
 
     def forward(

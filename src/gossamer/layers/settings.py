@@ -1,23 +1,25 @@
 """Settings of builders, held to their annotations: a wrong one ends in a sentence that names it.
 
-- a whole number is never negative; sizes and counts (`dim`, `heads`, `depth`, `patch`, …) are at least 1, but for those
-  whose default says that 0 means something
+- a whole number is at least 1, unless its default says that 0 means something, or it is one of those known to
 - dropout is a share below 1, every other number is finite, ratios are positive
+- a sequence is empty only where its default is
 """
 
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-_COUNTS = re.compile(
-    r"(^|_)(dims?|heads|depth|patch(es)?|kernels?|strides?|in_chans|size|window|stripes?|grid|axes|len|channels)$"
-)
 _DROPS = re.compile(r"(^|_)drop(_path)?$")
 _RATIOS = re.compile(r"(^|_)ratios?$")
+# Counts that may be 0 though their default is not, and identities, which may be any.
+_FROM_ZERO = set(
+    "attention_blocks conv depths extra global_tokens image_id label_len last local_stages num_classes random stem "
+    "stripes".split()
+)
 
 
 def check_settings(known: Mapping[str, inspect.Parameter], settings: Mapping[str, Any]) -> None:
@@ -34,17 +36,20 @@ def check_settings(known: Mapping[str, inspect.Parameter], settings: Mapping[str
             continue
         hint, default = known[name].annotation, known[name].default
         if not is_a(value, hint):
-            raise ValueError(f"{name} must be {_words(hint)}; got {value!r}")
-        least = int(bool(_COUNTS.search(name)) and 0 not in _numbers(default))
+            raise ValueError(f"{name} must be {_words(hint)}, got {value!r}")
+        if isinstance(value, list | tuple) and not value and default != ():
+            raise ValueError(f"{name} must have an entry at least, got {value!r}")
+        whole = "int" in str(hint) and "float" not in str(hint)
+        least = 0 if name in _FROM_ZERO or 0 in _numbers(default) else 1
         for number in _numbers(value):
             if not math.isfinite(number):
-                raise ValueError(f"{name} must be finite; got {value!r}")
-            if isinstance(number, Integral) and number < least:
-                raise ValueError(f"{name} must be at least {least}; got {value!r}")
+                raise ValueError(f"{name} must be finite, got {value!r}")
+            if whole and number < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
             if _DROPS.search(name) and not 0 <= number < 1:
-                raise ValueError(f"{name} must be in 0..1, and below 1; got {value!r}")
+                raise ValueError(f"{name} must be in 0..1, and below 1, got {value!r}")
             if _RATIOS.search(name) and number <= 0:
-                raise ValueError(f"{name} must be positive; got {value!r}")
+                raise ValueError(f"{name} must be positive, got {value!r}")
 
 
 def _numbers(value: Any) -> list[Any]:
@@ -64,6 +69,10 @@ def is_a(value: Any, hint: Any) -> bool:
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     if hint in (bool, str, NoneType):
         return isinstance(value, hint)
+    if kind is Callable:
+        return callable(value)
+    if kind in (dict, Mapping):
+        return isinstance(value, Mapping)
     if kind is tuple and Ellipsis not in args:
         return isinstance(value, Sequence) and len(value) == len(args) and all(map(is_a, value, args))
     if kind in (Sequence, tuple):
@@ -78,8 +87,12 @@ def _words(hint: Any) -> str:
     if kind is Literal:
         return " or ".join(map(str, args))
     if kind is tuple and Ellipsis not in args:
-        return f"{len(args)} of them"
+        return f"{len(args)} entries, each {_words(args[0])}"
     if kind in (Sequence, tuple):
         return f"a sequence, each {_words(args[0])}"
+    if kind is Callable:
+        return "a function"
+    if kind in (dict, Mapping):
+        return "a mapping"
     plain = {int: "a whole number", float: "a number", bool: "True or False", str: "a name", NoneType: "None"}
     return plain.get(hint, "settings of their own")

@@ -218,9 +218,9 @@ def run_pass(name: str, model: nn.Module, calibration: Calibration, **settings: 
 
 
 def check_share(name: str, value: float) -> None:
-    """Raises a ValueError where a share is not in (0, 1]."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {value}")
+    """Raises a ValueError where a share is not a number in (0, 1]."""
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}")
 
 
 def blocks_of(model: nn.Module) -> list[tuple[str, Block]]:

@@ -28,7 +28,7 @@ from gossamer.io import atomic_write, claim, plain, read_json, write_json
 from gossamer.models.folder import save
 from gossamer.shrink.answer import common_results, keep_winner
 from gossamer.shrink.artefacts import Point, Workshop, choose, metric_noise
-from gossamer.shrink.base import Calibration, Unsupported, check_settings, run_pass
+from gossamer.shrink.base import Calibration, Unsupported, check_settings, check_share, run_pass
 from gossamer.shrink.options import ShrinkOptions, ShrinkResult
 from gossamer.shrink.passes.teaching import check_signals, objective
 from gossamer.shrink.recipe import as_written, load, restore
@@ -62,17 +62,7 @@ def shrink(options: ShrinkOptions) -> ShrinkResult:
     Raises:
         ValueError: model or data cannot be used or do not fit each other, or the folder is of another run.
     """
-    for entry in options.recipe or ():
-        if entry["pass"] not in ("recover", "int8"):
-            check_settings(entry["pass"], set(entry) - {"pass"})
-        elif unknown := sorted(set(entry) - {"pass", *(RECOVER if entry["pass"] == "recover" else ())}):
-            raise ValueError(f"{entry['pass']} has no setting {', '.join(unknown)}; recover has {', '.join(RECOVER)}")
-        elif not isinstance(entry.get("seconds", 0), int | float):
-            raise ValueError(f"seconds of recover must be a number, got {entry['seconds']!r}")
-        elif "signals" in entry:
-            check_signals(entry["signals"])
-        elif "relation_heads" in entry:
-            raise ValueError("recover has relation_heads without signals: [relations, …]")
+    _check_steps(options.recipe or [], options.seconds)
     folder = options.folder()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, {folder} is a file")
@@ -190,7 +180,9 @@ class _Run:
             if gated is not None:
                 self._gate(gated, point)
             # Quantising every layer by itself takes a while: once, for the model as it came.
-            self.workshop.int8(point, look=gated is None and self.clock.total >= LOOK_FROM_S)
+            small = self.workshop.int8(point, look=gated is None and self.clock.total >= LOOK_FROM_S)
+            if small is not None and math.isfinite(small.val) and (less := self._smaller(point, small)):
+                small.status, small.why = "", f"smaller in {', '.join(less)}; {small.why}"
         points = self.workshop.points[start:]
         for p in points:
             p.certificate["recipe"] = list(recipe)
@@ -200,15 +192,24 @@ class _Run:
     def _gate(self, before: Point, point: Point) -> None:
         """Rolls `point` back unless it is faster than `before`, or smaller where only that was asked for."""
         verdict = self.workshop.gate(before, point, "the change")
-        smaller = [
-            k for k in self.budget if k != "latency" and (point.cost[k] or math.inf) < (before.cost[k] or math.inf)
-        ]
-        if verdict.passed:
-            point.why = verdict.why
-        elif smaller and "latency" not in self.budget and verdict.after.low_ms <= verdict.before.high_ms:
-            point.why = f"smaller in {', '.join(smaller)}; {verdict.why}"
-        else:
-            point.status, point.why = "rolled back", verdict.why
+        point.why = verdict.why
+        if not verdict.passed:
+            if smaller := self._smaller(before, point):
+                point.why = f"smaller in {', '.join(smaller)}; {verdict.why}"
+            else:
+                point.status = "rolled back"
+
+    def _smaller(self, before: Point, after: Point) -> list[str]:
+        """What was asked for beside speed and `after` has less of, just timed beside `before`.
+
+        None where it is slower, or where more speed was asked for than `before` has.
+        """
+        limits, shares = self.options.budget, self.options.shares
+        hurried = shares.get("latency", 1) < 1 or limits.get("latency", math.inf) < (before.cost["latency"] or 0)
+        if hurried or after.interval[0] > before.interval[1]:
+            return []
+        asked = [k for k in (*limits, *shares) if k != "latency"]
+        return [k for k in asked if (after.cost[k] or math.inf) < (before.cost[k] or math.inf)]
 
     def _search(self, before: Point, small: Point | None) -> None:
         """Tries passes, then recovers the best and makes their files."""
@@ -415,6 +416,26 @@ class _Run:
             "trials": [asdict(t) for t in self.trials],
             "left_out": [f"{t.name} {t.why}" for t in self.trials] if asked.recipe is not None else [],
         }
+
+
+def _check_steps(recipe: list[dict[str, Any]], total: float) -> None:
+    """Refuses what can be seen to be wrong in a recipe before the first step has taken its time."""
+    for entry in recipe:
+        if entry["pass"] not in ("recover", "int8"):
+            check_settings(entry["pass"], set(entry) - {"pass"})
+            if entry.get("keep") is not None:
+                check_share(f"keep of {entry['pass']}", entry["keep"])
+        elif unknown := sorted(set(entry) - {"pass", *(RECOVER if entry["pass"] == "recover" else ())}):
+            raise ValueError(f"{entry['pass']} has no setting {', '.join(unknown)}; recover has {', '.join(RECOVER)}")
+        elif not isinstance(entry.get("seconds", 0), int | float) or not 0 <= entry.get("seconds", 0) < math.inf:
+            raise ValueError(f"seconds of recover must be a number, 0 or more, got {entry['seconds']!r}")
+        elif "signals" in entry:
+            check_signals(entry["signals"])
+        elif "relation_heads" in entry:
+            raise ValueError("recover has relation_heads without signals: [relations, …]")
+    wanted = sum(entry.get("seconds", 0) for entry in recipe if entry["pass"] == "recover")
+    if wanted > total:
+        raise ValueError(f"seconds of recover are {wanted:g} in all, more than the time for everything, {total:g}s")
 
 
 def _same(model: nn.Module) -> nn.Module:
