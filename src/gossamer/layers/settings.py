@@ -15,11 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 _DROPS = re.compile(r"(^|_)drop(_path)?$")
 _RATIOS = re.compile(r"(^|_)ratios?$")
-# Counts that may be 0 though their default is not, and identities, which may be any.
-_FROM_ZERO = set(
-    "attention_blocks conv depths extra global_tokens image_id label_len last local_stages num_classes random stem "
-    "stripes".split()
-)
+# Numbers that may be 0 though their default is not: counts of what need not be there, and places.
+_FROM_ZERO = {
+    *("attention_blocks", "conv", "depths", "extra", "global_tokens", "label_len", "last", "local_stages", "marks"),
+    *("num_classes", "random", "split", "ssm_layers", "stem", "stripes"),
+}
 
 
 def check_settings(known: Mapping[str, inspect.Parameter], settings: Mapping[str, Any]) -> None:
@@ -44,7 +44,7 @@ def check_settings(known: Mapping[str, inspect.Parameter], settings: Mapping[str
         for number in _numbers(value):
             if not math.isfinite(number):
                 raise ValueError(f"{name} must be finite, got {value!r}")
-            if whole and number < least:
+            if whole and number < least and not name.endswith("_id"):
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
             if _DROPS.search(name) and not 0 <= number < 1:
                 raise ValueError(f"{name} must be in 0..1, and below 1, got {value!r}")

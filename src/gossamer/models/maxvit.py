@@ -249,6 +249,7 @@ def maxvit(
         head_dim: channels of an attention head.
         window: side of windows and lattices in tokens.
         init_std: deviation of the first weights, None for `fan_in ** -0.5`.
+        num_classes: 0 gives the pooled vector behind the head's first layer.
         pad: take any image, by padding maps to whole windows; small maps take smaller windows.
 
     Raises:
@@ -260,6 +261,8 @@ def maxvit(
             f"depths and dims must be of one length and strides one longer, got {tuple(depths)}, {tuple(dims)} and "
             f"{tuple(strides)}"
         )
+    if not all(depths) or not stem:
+        raise ValueError(f"depths and stem must be at least 1, got {tuple(depths)} and {stem}")
     if any(dim % head_dim for dim in dims):
         raise ValueError(f"head_dim must divide every width, got {head_dim} for {tuple(dims)}")
     multiple, total = None, strides[0]
@@ -292,7 +295,9 @@ def maxvit(
             )
             before, place = dim, place + 1
         stages.append(stage)
-    head = nn.Sequential(Classifier(dims[-1], dims[-1], norm=nn.LayerNorm), nn.Tanh(), nn.Linear(dims[-1], num_classes))
+    head = nn.Sequential(Classifier(dims[-1], dims[-1], norm=nn.LayerNorm), nn.Tanh())
+    if num_classes:
+        head.append(nn.Linear(dims[-1], num_classes))
     model = Pyramid(
         Stem(in_chans, stem, stride=strides[0], multiple=multiple),
         stages,
