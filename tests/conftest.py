@@ -10,6 +10,15 @@ import pytest
 DATA = Path(os.environ.get("GOSSAMER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "flight: a whole run of the command, half a minute or more")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: a process that has run out of tests takes others' last ones, and would repeat what they share."""
+    items.sort(key=lambda item: item.get_closest_marker("flight") is None)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same random state; tests that use no torch do not load it."""

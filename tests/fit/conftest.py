@@ -14,10 +14,6 @@ BAD_PAGE = """<!doctype html><img src="http://gossamer.invalid/x.png">
 <script>fetch("http://gossamer.invalid/data"); throw new Error("seen")</script>"""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "flight: a whole run of the command, half a minute or more")
-
-
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Opened]:
     """Opens a page in headless Chromium; gives the lines on its console and the addresses it asked for.

@@ -45,8 +45,9 @@ def test_every_technique_has_a_verdict_and_a_reason(advice):
     assert "only 17 tokens" in next(r.reason for r in found.rows if r.technique == "kernel attention")
 
 
-def test_the_command_prints_it(advice):
-    folder, _ = advice
+def test_the_command_prints_it(advice, monkeypatch):
+    folder, found = advice
+    monkeypatch.setattr("gossamer.shrink.explain.explain", lambda options: found)
     call = ["shrink", str(folder), "--data", "digits", "--budget", "macs=60%", "--explain"]
     answer = CliRunner().invoke(app, [*call, "--json"])
     assert answer.exit_code == 0, answer.output

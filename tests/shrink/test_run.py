@@ -24,6 +24,8 @@ from gossamer.shrink.run import shrink
 from gossamer.tasks import create_task
 from gossamer.train import Settings, Trainer
 
+pytestmark = pytest.mark.flight
+
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
