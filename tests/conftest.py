@@ -15,7 +15,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: a process that has run out of tests takes others' last ones, and would repeat what they share."""
+    """Whole runs first: a process that runs out of tests takes others' last ones, and would repeat what they share."""
     items.sort(key=lambda item: item.get_closest_marker("flight") is None)
 
 
