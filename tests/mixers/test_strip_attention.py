@@ -74,7 +74,12 @@ def test_its_batch_norm_folds_away(ratio: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"heads": 3}, "heads=3, dim=8"), ({"ratio": 0}, "ratio=0"), ({"qk_dim": 0}, "qk_dim=0")]
+    ("options", "says"),
+    [
+        ({"heads": 3}, "heads=3, dim=8"),
+        ({"ratio": 0}, "ratio must be at least 1, got 0"),
+        ({"qk_dim": 0}, "qk_dim must be at least 1, got 0"),
+    ],
 )
 def test_sizes_that_cannot_be_are_refused(options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -170,7 +170,7 @@ def test_a_stage_whose_map_is_its_stripe_attends_over_all_of_it_in_the_classific
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"heads must be even.*got 3"):
         create_mixer("cross_shaped", 12, heads=3, stripe=2)
-    with pytest.raises(ValueError, match="at least 1 token wide, got 0"):
+    with pytest.raises(ValueError, match="stripe must be at least 1, got 0"):
         create_mixer("cross_shaped", 8, heads=2, stripe=0)
     with pytest.raises(ValueError, match="of one length"):
         create_model("cswin", depths=(1, 1))

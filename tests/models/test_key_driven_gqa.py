@@ -305,7 +305,7 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
         ("dgqa", {"kv_heads": 4}, "kv_heads=4, heads=6"),
         ("pgqa", {"kv_heads": 5}, "kv_heads=5, heads=6"),
         ("kdgqa", {"kv_heads": 7}, "1..6"),
-        ("gqa", {"kv_heads": 0}, "1..6"),
+        ("gqa", {"kv_heads": 0}, "kv_heads must be at least 1, got 0"),
         ("gqa", {"heads": 5}, "heads=5, dim=24"),
         ("dgqa", {"window": 0}, "window must be at least 1"),
     ):

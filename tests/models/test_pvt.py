@@ -173,7 +173,7 @@ def test_wrong_images_and_settings_are_refused_by_name() -> None:
         create_model("pvt", **{**TINY, "ratios": (8, 4, 2)})
     with pytest.raises(ValueError, match="class token wants"):
         create_model("pvt", **TINY, mixer="pool")
-    with pytest.raises(ValueError, match="ratio=0"):
+    with pytest.raises(ValueError, match="ratio must be at least 1, got 0"):
         create_mixer("spatial_reduction", 8, heads=2, ratio=0)
 
 

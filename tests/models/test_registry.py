@@ -68,7 +68,7 @@ def test_what_is_not_known_is_refused_by_name() -> None:
 )
 def test_a_setting_of_another_kind_or_range_is_refused_by_name(setting: str, value: object, allowed: str) -> None:
     name = next(iter(value)) if isinstance(value, dict) else setting
-    with pytest.raises(ValueError, match=rf"{name} must be .*{allowed}.*, got "):
+    with pytest.raises(ValueError, match=rf"{name} must .*{allowed}.*, got "):
         create_model("swin", **{setting: value})
 
 

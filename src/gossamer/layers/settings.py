@@ -15,10 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 _DROPS = re.compile(r"(^|_)drop(_path)?$")
 _RATIOS = re.compile(r"(^|_)ratios?$")
-# Numbers that may be 0 though their default is not: counts of what need not be there, and places.
+# Counts of what need not be there, though by default it is. Numbers of words and layers are not counts.
 _FROM_ZERO = {
     *("attention_blocks", "conv", "depths", "extra", "global_tokens", "label_len", "last", "local_stages", "marks"),
-    *("num_classes", "random", "split", "ssm_layers", "stem", "stripes"),
+    *("num_classes", "random", "split", "stem", "stripes"),
 }
 
 
@@ -44,7 +44,7 @@ def check_settings(known: Mapping[str, inspect.Parameter], settings: Mapping[str
         for number in _numbers(value):
             if not math.isfinite(number):
                 raise ValueError(f"{name} must be finite, got {value!r}")
-            if whole and number < least and not name.endswith("_id"):
+            if whole and number < least and not name.endswith(("_id", "_layers")):
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
             if _DROPS.search(name) and not 0 <= number < 1:
                 raise ValueError(f"{name} must be in 0..1, and below 1, got {value!r}")
