@@ -143,6 +143,22 @@ def test_position_maps_are_resized_when_weights_of_another_size_are_loaded() -> 
     assert torch.equal(same.merges[0][1].table, state["network.2.pos_embed"].movedim(1, -1))
 
 
+def test_weights_of_attention_in_the_first_stage_have_their_positions_in_front() -> None:
+    settings = {"depths": (1,), "dims": (32,), "mixers": "attention", "norm": "layer", "img_size": (46, 38)}
+    model = create_model("metaformer", **settings, num_classes=3)
+    state = {}
+    for key, value in model.state_dict().items():
+        theirs = key.replace("stem.0.", "patch_embed.").replace("stages.0.", "network.1.").replace("head.fc", "head")
+        theirs = theirs.replace(".mixer.", ".token_mixer.").replace(".scale", ".layer_scale_")
+        # A map (1, c, h, w), and 1x1 convolutions.
+        is_map, is_conv = key == "stem.1.table", ".mlp." in key and value.ndim == 2
+        state["network.0.pos_embed" if is_map else theirs] = (
+            torch.randn(1, 32, 11, 9) if is_map else value[..., None, None] if is_conv else value
+        )
+    load_official(model, state)
+    assert torch.equal(model.stem[1].table, state["network.0.pos_embed"].movedim(1, -1))
+
+
 def test_pooling_learns_what_needs_the_neighbourhood_and_identity_does_not() -> None:
     """A chequerboard or one half filled: the pixels are the same, only their neighbours tell."""
     rows, columns = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")

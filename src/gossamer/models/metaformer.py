@@ -9,6 +9,7 @@ Source: Yu et al. 2021, "MetaFormer Is Actually What You Need for Vision".
 - official code keeps channels first and writes the MLP as 1x1 convolutions; here channels are last
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -48,7 +49,8 @@ def _convert(model: Any, state: State) -> State:
     for entry in sorted({int(key.split(".")[1]) for key in state if key.startswith("network.")}):
         part = {k.split(".", 2)[2]: v for k, v in state.items() if k.startswith(f"network.{entry}.")}
         if "pos_embed" in part:
-            named[f"merges.{stage}.1.table"] = _resized(part["pos_embed"], model, f"merges.{stage}.1.table")
+            key = f"merges.{stage}.1.table" if stage >= 0 else "stem.1.table"
+            named[key] = _resized(part["pos_embed"], model, key)
         elif "proj.weight" in part:
             named.update({f"merges.{stage}.0.{key.removeprefix('proj.')}": value for key, value in part.items()})
         else:
@@ -56,6 +58,8 @@ def _convert(model: Any, state: State) -> State:
             for key, value in part.items():
                 # The authors' 1x1 convolutions are linear layers here.
                 named[f"stages.{stage}.{key}"] = value[:, :, 0, 0] if value.ndim == 4 and ".mlp." in key else value
+    if "stem.1.table" in named:
+        named = {re.sub(r"^stem\.(proj)", r"stem.0.\1", key): value for key, value in named.items()}
     return keep_backbone(model, named, "norm.", "head.")
 
 
@@ -120,7 +124,7 @@ def metaformer(
     norm: Literal["group", "layer"] = "group",
     layer_scale: float | None = 1e-5,
     mlp_ratio: float = 4.0,
-    stem: Sequence[int] = (7, 4, 2),
+    stem: tuple[int, int, int] = (7, 4, 2),
     drop: float = 0.0,
     drop_path: float = 0.0,
     init_std: float | None = 0.02,
@@ -141,7 +145,8 @@ def metaformer(
         dense: a norm for each map that `features` gives, and no classifier; position maps are resized to the image.
 
     Raises:
-        ValueError: `depths`, `dims` and `mixers` differ in length, or `norm` is neither of the two.
+        ValueError: `depths`, `dims` and `mixers` differ in length, `norm` is neither of the two, or the image is too
+            small for the stem.
     """
     names = [mixers] * len(dims) if isinstance(mixers, str) else list(mixers)
     if not len(depths) == len(dims) == len(names):
@@ -150,7 +155,11 @@ def metaformer(
         raise ValueError(f"norm must be 'group' or 'layer', got {norm!r}")
     make_norm = GroupNorm1 if norm == "group" else LayerNorm
     kernel, stride, padding = stem
+    if not (kernel and stride):
+        raise ValueError(f"stem must be kernel, stride and padding, the first two at least 1, got {stem}")
     grid = tuple((side + 2 * padding - kernel) // stride + 1 for side in pair(img_size))
+    if min(grid) < 1:
+        raise ValueError(f"image sides must be at least {kernel - 2 * padding} for this stem, got img_size={img_size}")
     first_attention = names.index("attention") if "attention" in names else None
     embed: nn.Module = PatchEmbed(in_chans, dims[0], kernel, stride=stride, padding=padding)
     if first_attention == 0:
