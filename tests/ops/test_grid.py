@@ -90,7 +90,7 @@ def test_bias_rows_are_one_for_each_offset(size) -> None:
     assert g.relative_index(size)[n - 1, 0] == g.relative_index(size).max()
 
 
-@pytest.mark.parametrize("shape", [(9,), (5, 7), (3, 4, 5)])
+@pytest.mark.parametrize("shape", [(9,), (5, 7), (3, 4, 5), (2, 4, 5), (5, 1, 2), (1, 1, 1)])
 def test_mean_filter_counts_only_tokens_that_exist(shape) -> None:
     x = torch.randn(2, *shape, 3, requires_grad=True)
     y = g.mean_filter(x, 3)

@@ -148,10 +148,12 @@ def create_mixer(name: str, dim: int, *, grid: Sequence[int] | None = None, **op
         ValueError: no such mixer, an option it does not have or that is out of its range, or no `grid` where it is
             needed.
     """
-    known = mixer_keywords(name)
+    known, axes = mixer_keywords(name), mixer_class(name).grids
     for option in options:
         if option not in known:
             raise ValueError(f"mixer {name!r} has no option {option!r}; it has {sorted(known)}")
+    if grid is not None and len(grid) not in axes:
+        raise ValueError(f"mixer {name!r} works on {axes} grid axes, got grid={tuple(grid)}")
     if "grid" in known:
         if grid is None and known["grid"].default is inspect.Parameter.empty:
             raise ValueError(f"mixer {name!r} is bound to a grid; give grid=(…)")

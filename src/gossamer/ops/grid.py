@@ -123,6 +123,11 @@ def absolute_offset_index(size: Sequence[int]) -> Int[Tensor, "n n"]:
 
 def mean_filter(x: Float[Tensor, "b *grid c"], size: int) -> Float[Tensor, "b *grid c"]:
     """Mean over a neighbourhood `size` tokens wide (odd); at the border only tokens that exist count."""
+    if x.ndim == 5 and min(x.shape[1:-1]) < size:
+        # The library's pooling refuses volumes smaller than the window: the mean inside planes, then across them.
+        planes = mean_filter(x.flatten(0, 1), size).view(x.shape)
+        lines = planes.movedim(1, 3)
+        return mean_filter(lines.flatten(0, 2), size).view(lines.shape).movedim(3, 1)
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3]
     return pool(x.movedim(-1, 1), size, 1, size // 2, count_include_pad=False).movedim(1, -1)
 
