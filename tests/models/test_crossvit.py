@@ -198,6 +198,7 @@ def test_drop_path_rates_of_a_multi_scale_block_are_its_slice_of_one_line() -> N
         ({"dims": (16, 24, 32)}, "dims must have one entry for each of the two branches"),
         ({"heads": (4,)}, "heads must have"),
         ({"heads": (5, 3)}, "heads must divide dim"),
+        ({"depths": (0, 0)}, r"depths must have an encoder block .* got \(0, 0\)"),
         ({"patches": (8, 16), "conv_stem": True}, "12 or 16 pixels, got patch=8"),
     ],
 )

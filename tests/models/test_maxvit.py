@@ -169,7 +169,11 @@ def test_drop_path_grows_from_block_to_block_and_never_reaches_its_rate() -> Non
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"depths": (1,)}, "one longer"), ({"head_dim": 48}, "head_dim must divide every width, got 48")],
+    [
+        ({"depths": (1,)}, "one longer"),
+        ({"depths": (1, 0, 1, 1)}, r"depths and stem must be at least 1, got \(1, 0, 1, 1\)"),
+        ({"head_dim": 48}, "head_dim must divide every width, got 48"),
+    ],
 )
 def test_what_does_not_fit_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

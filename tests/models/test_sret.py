@@ -124,6 +124,8 @@ def test_more_passes_add_projections_and_no_other_parameters() -> None:
     counts = [parts(loops) for loops in (1, 2, 4)]
     assert len({shared for shared, _ in counts}) == 1
     assert [extra for _, extra in counts] == [counts[0][1] * loops for loops in (1, 2, 4)]
+    with pytest.raises(ValueError, match=r"heads must be multiples .* got \(2, 3, 6\)"):
+        create_model("sret", heads=(2, 3, 6))
     with pytest.raises(ValueError, match=r"loops=3, depths=\(2, 4, 2\)"):
         create_model("sret", **TINY, loops=3)
 

@@ -165,6 +165,14 @@ def test_weights_of_another_window_load_with_tables_resized_as_images_and_a_file
         load_official(create_model("swin", **{**settings, "num_classes": 8, "window": 7}, img_size=56), state)
 
 
+def test_positions_of_an_image_that_is_not_square_load_as_they_are() -> None:
+    state = seeded_state(golden("swin_ape")["shapes"])
+    wide = load_official(create_model("swin", **TINY, num_classes=7, img_size=(16, 64), ape=True), state)
+    assert torch.equal(wide.stem[1].table.flatten(1, 2), state["absolute_pos_embed"])
+    with pytest.raises(ValueError, match="60 positions is of no square image"):
+        load_official(wide, {**state, "absolute_pos_embed": torch.zeros(1, 60, 16)})
+
+
 def test_the_dense_form_takes_the_backbone_of_a_classifier() -> None:
     state = seeded_state(golden("swin")["shapes"])
     dense = load_official(create_model("swin", **TINY, img_size=(32, 64), dense=True), state)

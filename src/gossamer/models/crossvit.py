@@ -283,6 +283,8 @@ def crossvit(
     for name, value in (("dims", dims), ("heads", heads), ("depths", depths), ("patches", patches)):
         if len(value) != 2:
             raise ValueError(f"{name} must have one entry for each of the two branches, got {tuple(value)}")
+    if not any(depths):
+        raise ValueError(f"depths must have an encoder block in one branch at least, got {tuple(depths)}")
     sizes = _sizes(img_size, patches)
     stems = []
     for dim, patch, (height, width) in zip(dims, patches, sizes, strict=True):

@@ -284,6 +284,8 @@ def nddr_cnn(
         raise ValueError(f"backbone must be vgg or vit, got {backbone!r}")
     if shortcut and backbone == "vit":
         raise ValueError("shortcut joins the stages of a VGG, whose sizes differ; got backbone='vit'")
+    if backbone == "vgg" and len(widths) != len(depths):
+        raise ValueError(f"widths and depths must be of one length, got {tuple(widths)} and {tuple(depths)}")
     if not outputs:
         raise ValueError("outputs must name at least one task")
     branches: list[nn.Module] = []

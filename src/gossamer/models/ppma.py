@@ -155,7 +155,7 @@ def ppma(
     mlp_ratios: Sequence[float] = (3, 3, 3, 3),
     separable: Sequence[bool] = (True, True, False, False),
     layer_scale: Sequence[float | None] = (None, None, None, None),
-    stem_strides: Sequence[int] = (2, 2),
+    stem_strides: tuple[int, int] = (2, 2),
     projection: int = 1024,
     drop: float = 0.0,
     drop_path: float = 0.0,

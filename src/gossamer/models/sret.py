@@ -279,6 +279,8 @@ def sret(
         )
     if loops < 1 or any(depth % loops for depth in depths):
         raise ValueError(f"loops must divide depths, got loops={loops}, depths={tuple(depths)}")
+    if any(b % a for a, b in pairwise(heads)):
+        raise ValueError(f"heads must be multiples of those of the stage before (merging), got {tuple(heads)}")
     size, step = pair(img_size), prod(stem_strides)
     dims = [base_dim * count for count in heads]
     stages: list[list[nn.Module]] = []

@@ -174,6 +174,10 @@ def xformer(
             f"dims, mobile, widths and depths must be of one length, got {tuple(dims)}, {tuple(mobile)}, "
             f"{tuple(widths)} and {tuple(depths)}"
         )
+    if len(stem_widths) != len(stem_strides):
+        raise ValueError(
+            f"stem_widths and stem_strides must be of one length, got {tuple(stem_widths)} and {tuple(stem_strides)}"
+        )
     if stem_widths[-1] != dims[0]:
         raise ValueError(f"stem_widths must end in dims[0], got {tuple(stem_widths)} and {tuple(dims)}")
     options = {**options_for(mixer, {"heads": heads}), **(mixer_options or {})}
