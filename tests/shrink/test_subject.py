@@ -324,6 +324,20 @@ def test_a_budget_of_memory_alone_asks_for_a_smaller_file() -> None:
     assert bare(budget={"memory": 6.0}, before=before, small=small).targets() == [{"size": 0.6}]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_way_that_a_short_recovery_spoils_is_worth_what_it_was(sign: int) -> None:
+    before = Point("as it came", "float32", "", 0.9, {"macs": 10.0, "latency": 1.0}, (1.0, 1.0))
+    found = {"spoilt": (0.8, 0.7), "mended": (0.72, 0.75), "broken": (0.5, float("nan")), "untrained": (0.77, None)}
+    cost = {"macs": 5.0, "latency": 0.5}
+    trials = [
+        search.Trial(name, [{"pass": name}], val=sign * val, hint=None if hint is None else sign * hint, cost=cost)
+        for name, (val, hint) in found.items()
+    ]
+    run = bare(folder=Path(), budget={"macs": 6.0}, before=before, small=None, sign=sign, trials=trials)
+    run.clock = type("Clock", (), {"interrupted": True})()
+    assert [t.name for t in run.best(0.0)] == ["spoilt", "untrained", "mended", "broken"]
+
+
 def test_a_pass_that_breaks_in_any_way_does_not_end_the_others(tmp_path: Path, monkeypatch: Any) -> None:
     run = bare(folder=tmp_path, calibration=digits())
     run.progress = type("Silent", (), {"tell": lambda *_: None})()
@@ -356,6 +370,32 @@ def test_a_pass_of_a_recipe_that_cannot_handle_the_model_is_left_out_and_named(
         shrink(options(tmp_path / "two", shares={}, recipe=[{"pass": "optin"}]))
     with pytest.raises(ValueError, match=r"step 1 greenformers of the recipe: rank must be above 0, got -7"):
         shrink(options(tmp_path / "three", shares={}, recipe=[{"pass": "greenformers", "rank": -7}]))
+
+
+def test_a_step_of_a_recipe_that_is_rolled_back_is_not_built_on_and_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    export = Workshop.export
+
+    def broken(self: Workshop, name: str, form: str, model: nn.Module) -> Point:
+        point = export(self, name, form, model)
+        if name.startswith("1"):
+            point.status, point.why = "rolled back", "its answers are no numbers"
+        return point
+
+    def slower(_: Any, before: Point, point: Point) -> None:
+        assert before.name == "as it came"
+        point.status, point.why = "rolled back", "the change is slower"
+
+    monkeypatch.setattr(Workshop, "int8", lambda *_, **__: None)
+    monkeypatch.setattr(Workshop, "export", broken)
+    monkeypatch.setattr(module._Run, "_gate", slower)
+    recipe = [*({"pass": "greenformers", "keep": keep} for keep in (0.6, 0.4)), {"pass": "recover", "seconds": 0}]
+    result = shrink(options(tmp_path / "out", shares={}, recipe=recipe))
+    assert result.results["winner"]["recipe"] == recipe[-1:]
+    assert result.results["left_out"] == [
+        "1 greenformers is rolled back: its answers are no numbers",
+        "2 greenformers is rolled back: the change is slower",
+    ]
+    assert "left out 2 greenformers is rolled back" in result.summary()
 
 
 class OneByOne(Picks):

@@ -217,7 +217,7 @@ def run_pass(name: str, model: nn.Module, calibration: Calibration, **settings: 
     return shrunk.eval(), steps
 
 
-def check_share(name: str, value: float) -> None:
+def check_share(name: str, value: Any) -> None:
     """Raises a ValueError where a share is not a number in (0, 1]."""
     if not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {value!r}")

@@ -132,6 +132,8 @@ class _Run:
                 self.budget[k] = share * float(before.cost[k] or 0)
             else:
                 self.data.problems.append(f"the {k} of the model is too small to be measured: its budget is left out")
+        if self.options.shares and not self.budget:
+            raise ValueError(f"budget {', '.join(self.options.shares)}: the model has too little of it to be measured")
         if self.options.recipe is not None:
             self._recipe(before, self.options.recipe)
         else:
@@ -344,9 +346,9 @@ class _Run:
             points = self._points(name, partial(_same, changed), gated=None, recipe=done)
             if entry["pass"] != "recover" and points[0].status != "rolled back":
                 self._gate(last, points[0])
-                if points[0].status == "rolled back":
-                    done.pop()
-                    continue
+            if points[0].status == "rolled back":
+                done.pop()
+                continue
             model, last, self.last = changed, points[0], name
         if self.trials and not done and not any(entry["pass"] == "int8" for entry in recipe):
             raise ValueError("nothing of the recipe was done; " + "; ".join(f"{t.name} {t.why}" for t in self.trials))
@@ -407,6 +409,11 @@ class _Run:
         if "latency" in self.options.shares:
             self.budget["latency"] = self.options.shares["latency"] * float(before.cost["latency"] or math.inf)
 
+    def _left_out(self) -> list[str]:
+        """The steps of a recipe that are not in the result, each with the reason."""
+        rolled = [p for p in self.workshop.points if p.form == "float32" and p.status == "rolled back"]
+        return [*(f"{t.name} {t.why}" for t in self.trials), *(f"{p.name} is rolled back: {p.why}" for p in rolled)]
+
     def _results(self, before: Point) -> dict[str, Any]:
         asked = self.options
         return {
@@ -414,7 +421,7 @@ class _Run:
             "model": {"name": self.subject.name, "origin": self.subject.origin, "trained": self.subject.trained},
             "shares": asked.shares,
             "trials": [asdict(t) for t in self.trials],
-            "left_out": [f"{t.name} {t.why}" for t in self.trials] if asked.recipe is not None else [],
+            "left_out": self._left_out() if asked.recipe is not None else [],
         }
 
 

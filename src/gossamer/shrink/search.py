@@ -144,8 +144,8 @@ class Search:
                     if self.sign * trial.hint > self.sign * float(trial.val or 0):
                         save(trainer.model, place / "hinted")
                 write_json(place / "trial.json", plain(asdict(trial)))
-        worth = {id(t): self.sign * float((t.val if t.hint is None else t.hint) or 0) for t in near}
-        near.sort(key=lambda t: (math.isnan(worth[id(t)]), -worth[id(t)]))
+        # A short recovery that spoilt a way is not gone on from: it is still worth what it was.
+        near.sort(key=lambda t: max(self.sign * v for v in (t.val, t.hint) if v is not None and v == v), reverse=True)
         return near
 
     def place(self, trial: Trial) -> Path:
