@@ -104,7 +104,9 @@ def blocks_with_columns(
     k, v = (
         torch.cat((t, c[:, :, None].expand(-1, -1, blocks, -1, -1)), 3) for t, c in zip((k, v), columns, strict=True)
     )
-    seen = seen.expand(b, h, blocks, w, -1)
-    seen = torch.cat((seen, columns_seen.expand(b, h, blocks, w, -1)), -1)
-    fq, fk, fv, fs = (t.flatten(0, 1) for t in (q, k, v, seen))
-    return F.scaled_dot_product_attention(fq, fk, fv, fs).unflatten(0, (b, h))
+    # Without padding one mask serves all samples and heads: written out for each it would be larger than the keys.
+    alike = seen.shape[0] == columns_seen.shape[0] == 1
+    seen = torch.cat([t.expand(1 if alike else b, 1, blocks, w, -1) for t in (seen, columns_seen)], -1)
+    seen = seen[0] if alike else seen.expand(b, h, -1, -1, -1).flatten(0, 1)
+    fq, fk, fv = (t.flatten(0, 1) for t in (q, k, v))
+    return F.scaled_dot_product_attention(fq, fk, fv, seen).unflatten(0, (b, h))

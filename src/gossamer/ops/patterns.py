@@ -427,7 +427,7 @@ def block_attention(
     there = index.clamp(min=0)
     near_k, near_v = (t[sample, head, there].flatten(0, 1).flatten(2, 3) for t in (k, v))  # (b h, rows, m block, d)
     exists = mask.expand(b, h, rows, block)[sample, head, there] & (index >= 0)[..., None]
-    seen = exists.reshape(b * h, rows, 1, m * block).expand(-1, -1, block, -1)
+    seen = exists.reshape(b * h, rows, 1, m * block)  # one row for all queries of a block
     y = F.scaled_dot_product_attention(q.flatten(0, 1), near_k, near_v, attn_mask=seen, scale=scale)
     y = y.unflatten(0, (b, h))
     if dense_rows:
