@@ -324,6 +324,45 @@ def test_a_budget_of_memory_alone_asks_for_a_smaller_file() -> None:
     assert bare(budget={"memory": 6.0}, before=before, small=small).targets() == [{"size": 0.6}]
 
 
+def test_what_is_counted_must_be_within_the_budget_and_what_is_timed_may_look_a_little_above() -> None:
+    cost = {"latency": 1.0, "size": 4.0, "macs": 100.0, "memory": 10.0}
+    before = Point("as it came", "float32", "", 0.9, dict(cost), (1.0, 1.0))
+
+    def within(budget: dict[str, float], **trial: float) -> bool:
+        found = bare(budget=budget, before=before, small=None)
+        return bool(found._within(search.Trial("t", [], val=0.5, cost={**cost, "memory": None, **trial})))
+
+    assert within({"macs": 60.0}, macs=60.0)
+    assert not within({"macs": 60.0}, macs=60.4)
+    assert within({"latency": 0.7}, latency=0.72)
+    assert not within({"latency": 0.7}, latency=0.8)
+    assert within({"memory": 6.0}, size=2.4)  # it goes with the file
+    assert not within({"memory": 6.0}, size=3.2)
+
+
+def test_weights_that_go_are_a_quarter_as_large_in_an_int8_file_whose_names_and_scales_stay() -> None:
+    before = Point("as it came", "float32", "", 0.9, {"latency": 1.0, "size": 0.44, "macs": 100.0}, (1.0, 1.0))
+    small = Point("as it came", "int8", "", 0.9, {"latency": 0.8, "size": 0.2, "macs": 100.0}, (1.0, 1.0))
+    run = bare(budget={"size": 0.15}, before=before, small=small, sign=1)
+    with_int8, alone = run.targets()
+    assert with_int8 == {"size": pytest.approx(1 - 0.2 / 0.44)}
+    assert alone == {"size": pytest.approx(0.15 / 0.44)}
+    trial = search.Trial("t", [], val=0.5, cost={"latency": 0.5, "size": 0.24, "macs": 60.0})
+    assert run._foreseen(trial)["size"] == pytest.approx(0.15)
+    assert run._foreseen(trial)["latency"] == pytest.approx(0.4)
+
+
+def test_a_near_miss_is_followed_before_a_far_one_and_what_fits_before_both() -> None:
+    before = Point("as it came", "float32", "", 0.9, {"macs": 100.0, "latency": 1.0}, (1.0, 1.0))
+    found = {"far": (95.0, 0.9), "near": (66.0, 0.8), "fits": (60.0, 0.6), "nearer": (62.0, 0.7)}
+    trials = [
+        search.Trial(name, [{"pass": name}], val=val, cost={"macs": macs, "latency": 0.9})
+        for name, (macs, val) in found.items()
+    ]
+    run = bare(budget={"macs": 60.0}, before=before, small=None, sign=1, trials=trials)
+    assert [t.name for t in run._ranked()] == ["fits", "near", "nearer", "far"]
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_way_that_a_short_recovery_spoils_is_worth_what_it_was(sign: int) -> None:
     before = Point("as it came", "float32", "", 0.9, {"macs": 10.0, "latency": 1.0}, (1.0, 1.0))

@@ -34,7 +34,8 @@ from gossamer.train.progress import Progress
 
 SCREEN_BY = 0.4  # share of the time
 LEAST_SHARE = 0.2  # of the time, up to half a minute, is what a pass may take however late it is
-CLOSE = 0.04  # a cost this far below its limit is close enough
+CLOSE = 0.04  # a cost this far below its limit is close enough; a measured one may look so much above it
+MISSED = 1.15  # a way this near to the budget is better than one farther away, if none is within it
 SAFE = 0.92  # of a limit on latency is aimed at: what lies just below it now may lie above it in the last timing
 LEAST_KEEP = 0.05
 HINT_RATE = 2e-4
@@ -129,7 +130,7 @@ class Search:
         for trial in self._ranked():
             first.setdefault(tuple(entry["pass"] for entry in trial.recipe), trial)
         ways = list(first.values())
-        near = [t for t in ways if self._reach(t) <= 1 + CLOSE]
+        near = [t for t in ways if self._within(t)]
         if len(near) < 2:
             return ways
         for trial in near:
@@ -170,6 +171,9 @@ class Search:
                 k: min(1.0, share * float(before[k] or 1) / float(small[k] or 1)) if k in ("latency", "size") else share
                 for k, share in wanted.items()
             }
+            if "size" in aims:
+                over = self._int8_size(float(before["size"] or 0)) - aims["size"]
+                with_int8["size"] = min(1.0, max(LEAST_KEEP, 1 - 4 * over / float(before["size"] or 1)))
             found = [with_int8] if all(v >= 1 for v in wanted.values()) else [with_int8, wanted]
         return [s for s in found if any(v < 1 for v in s.values())][:2]
 
@@ -202,7 +206,7 @@ class Search:
         return [(name, 1.0) for name in chosen] if len(chosen) > 1 else []
 
     def _near(self) -> bool:
-        return any(t.val is not None and self._reach(t) <= 1 + CLOSE for t in self.trials)
+        return any(t.val is not None and self._within(t) for t in self.trials)
 
     def _attempts(self, parts: list[tuple[str, float]], target: dict[str, float]) -> Iterator[Trial]:
         """Runs passes at the strength that brings the exported file to `target`; two corrections of the guess.
@@ -282,7 +286,7 @@ class Search:
         one = self.workshop.one
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            export_quickly(model, one, path)
+            export_quickly(model, one, path, dynamic=self.before.certificate.get("held", "batch"))
             # In turn with the model as it came: a busy machine slows both.
             now, then = self.workshop.together([path, Path(self.before.file)], seconds=0.8)
             size = path.stat().st_size / 1e6
@@ -315,19 +319,34 @@ class Search:
         return sorted(
             usable,
             key=lambda t: (
-                self._reach(t) > 1 + CLOSE,
+                0 if self._within(t) else 1 if excess(self._foreseen(t), self.budget) <= MISSED else 2,
                 float(t.cost["latency"] or 0) > slow,
                 -self.sign * float(t.val or 0),
             ),
         )
 
-    def _reach(self, trial: Trial) -> float:
-        """How far above the budget the trial's int8 file will be, guessed from that of the model as it came."""
-        cost = dict(trial.cost)
+    def _within(self, trial: Trial) -> bool:
+        """Whether a file of this trial will be within the budget: what is counted must be, what is timed may be."""
+        counted = ("size", "params", "macs")
+        limits = {k: limit * (1 if k in counted else 1 + CLOSE) for k, limit in self.budget.items()}
+        return excess(self._foreseen(trial), limits) <= 1
+
+    def _foreseen(self, trial: Trial) -> dict[str, float | None]:
+        """Costs of the trial's last file, which is int8 where the model as it came has such a form."""
+        cost, form = dict(trial.cost), self.before.cost
         if self.small is not None:
-            for k in ("latency", "size"):
-                cost[k] = float(cost[k] or 0) * float(self.small.cost[k] or 1) / float(self.before.cost[k] or 1)
-        return excess(cost, self.budget)
+            cost["size"] = self._int8_size(float(cost["size"] or 0))
+            faster = float(self.small.cost["latency"] or 1) / float(form["latency"] or 1)
+            cost["latency"] = float(cost["latency"] or 0) * faster
+            form = self.small.cost
+        if "memory" in self.budget:
+            cost["memory"] = float(form["memory"] or 0) * float(cost["size"] or 0) / float(form["size"] or 1)
+        return cost
+
+    def _int8_size(self, size: float) -> float:
+        """What a float file of `size` is as int8: a weight that is gone was a byte there, all else stays."""
+        assert self.small is not None
+        return float(self.small.cost["size"] or 0) - (float(self.before.cost["size"] or 0) - size) / 4
 
 
 def least_seconds(total: float) -> float:
