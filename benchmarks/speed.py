@@ -7,14 +7,17 @@ medians, the peaks and the ratios ours / theirs, and the geometric means by mode
 What was measured before stays in the file until it is measured again.
 
 - `--mode compiled` hands both to `torch.compile`, each shape for itself; compiling is not timed
-- peak memory is what a call holds above the level before it, the least of three calls; each model has a process of
-  its own, since an allocator remembers what was run before
+- peak memory is what a call holds above the level before it, in a process that maps every tensor by itself: an
+  allocator that keeps what was freed shows up to twice of what is held. Other work on the machine does not change it
+  (`--figure memory`), unlike times
 - both run in one process on the same input, in turn, in an order drawn anew for each round
 - a training step is forward, loss, backward and one step of plain SGD
 - the same architecture on both sides: parameter counts must be equal, or the model is refused
 """
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import importlib
 import itertools
@@ -22,7 +25,7 @@ import json
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +45,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from stand_in import timm
 
 Inputs = Callable[[int], tuple[Tensor, ...]]
+Case = tuple[str, str, int]  # mode, kind and batch
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -154,26 +159,46 @@ def forms(model: nn.Module, inputs: tuple[Tensor, ...], kind: str, mode: str) ->
     optimiser = torch.optim.SGD(model.parameters(), 1e-6)
 
     def step() -> object:
-        optimiser.zero_grad(set_to_none=True)
         output = run(*inputs)
         outputs = output if isinstance(output, tuple | list) else [output]
         loss = sum(y.float().logsumexp(-1).mean() for y in outputs)
         loss.backward()
         optimiser.step()
+        # At the end: the peak above the level before a step is to hold the gradients too.
+        optimiser.zero_grad(set_to_none=True)
         return loss
 
     return step
 
 
-def compare(
-    name: str,
-    official: Path | None,
-    batches: list[int],
-    kinds: list[str],
-    modes: list[str],
-    budget: float,
-    threads: int | None,
-) -> list[dict[str, Any]]:
+def times(name: str, official: Path | None, cases: list[Case], budget: float, threads: int | None) -> list[Row]:
+    rows = []
+    for case, both in calls(name, official, cases, threads):
+        found = latency(both, budget_s=budget, min_runs=7)
+        mine, yours = found["ours"], found["theirs"]
+        rows.append({"ours": mine.to_dict(), "theirs": yours.to_dict(), "ratio": mine.median_ms / yours.median_ms})
+        report(name, case, f"ours {mine.median_ms:9.2f} ms  theirs {yours.median_ms:9.2f} ms", rows[-1]["ratio"])
+    return rows
+
+
+def peaks(name: str, official: Path | None, cases: list[Case], threads: int | None) -> list[Row]:
+    rows = []
+    for case, both in calls(name, official, cases, threads):
+        found = {who: peak_memory(call).mib for who, call in both.items()}
+        rows.append({"peak_mib": found, "peak_ratio": found["ours"] / max(found["theirs"], 1e-9)})
+        report(name, case, f"ours {found['ours']:9.1f} MiB theirs {found['theirs']:9.1f} MiB", rows[-1]["peak_ratio"])
+    return rows
+
+
+def report(name: str, case: Case, figures: str, ratio: float) -> None:
+    mode, kind, batch = case
+    print(f"{name:24} {mode:8} {kind:8} batch {batch:3}  {figures}  ratio {ratio:.3f}", flush=True)
+
+
+def calls(
+    name: str, official: Path | None, cases: list[Case], threads: int | None
+) -> Iterator[tuple[Case, dict[str, Callable[[], object]]]]:
+    """Each case with the call of ours and of theirs, both called once before."""
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -182,38 +207,21 @@ def compare(
     counts = [sum(p.numel() for p in m.parameters()) for m in (ours, theirs)]
     if counts[0] != counts[1]:
         raise SystemExit(f"{name}: ours has {counts[0]} parameters, the reference {counts[1]}; not the same model")
-    rows = []
-    for mode, kind, batch in itertools.product(modes, kinds, batches):
+    for mode, kind, batch in cases:
         x = pair.inputs(batch)
         other = pair.theirs_inputs(x) if pair.theirs_inputs else x
         both = {"ours": forms(ours, x, kind, mode), "theirs": forms(theirs, other, kind, mode)}
         for call in both.values():
             call()
-        peaks = {who: min(peak_memory(call).mib for _ in range(3)) for who, call in both.items()}
-        found = latency(both, budget_s=budget, min_runs=7)
-        mine, yours = found["ours"], found["theirs"]
-        row = {
-            "model": name,
-            "reference": pair.official or "timm",
-            "mode": mode,
-            "kind": kind,
-            "batch": batch,
-            "ours": mine.to_dict(),
-            "theirs": yours.to_dict(),
-            "ratio": mine.median_ms / yours.median_ms,
-            "peak_mib": peaks,
-            "peak_ratio": peaks["ours"] / max(peaks["theirs"], 1e-9),
-        }
-        print(
-            f"{name:24} {mode:8} {kind:8} batch {batch:3}  ours {mine.median_ms:9.2f} ms  theirs"
-            f" {yours.median_ms:9.2f} ms  ratio {row['ratio']:.3f}  peak {peaks['ours']:.0f} and"
-            f" {peaks['theirs']:.0f} MiB",
-            flush=True,
-        )
-        rows.append(row)
+        yield (mode, kind, batch), both
         torch.compiler.reset()
         gc.collect()
-    return rows
+
+
+def map_every_tensor() -> None:
+    """glibc: what is freed is gone from the resident size at once. It must be said before anything large is held."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
 
 
 def geometric_mean(ratios: list[float]) -> float:
@@ -228,6 +236,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for each comparison")
     parser.add_argument("--batch", type=int, action="append", help="batch sizes, 1 and 16 by default")
     parser.add_argument("--kind", choices=("forward", "training"), action="append", help="both by default")
+    parser.add_argument("--figure", choices=("memory", "time"), action="append", help="both by default")
     parser.add_argument("--mode", choices=("eager", "compiled"), action="append", help="eager by default")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
     given = parser.parse_args()
@@ -237,40 +246,50 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     kept = read_json(given.out)["rows"] if given.out.exists() else []
-    settings = (given.batch or [1, 16], given.kind or ["forward", "training"], given.mode or ["eager"])
+    cases: list[Case] = list(
+        itertools.product(given.mode or ["eager"], given.kind or ["forward", "training"], given.batch or [1, 16])
+    )
+    figures = given.figure or ["memory", "time"]
     left_out = {}
     for name in given.names or PAIRS:
         needed = PAIRS[name].official
         if needed and not (given.official and (given.official / needed).is_dir()):
             left_out[name] = f"{needed} is not under --official"
             continue
-        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-            rows = alone.submit(compare, name, given.official, *settings, given.budget, given.threads).result()
-        measured = {_place(row) for row in rows}
-        kept = [row for row in kept if _place(row) not in measured] + rows
+        keys = [
+            {"model": name, "reference": needed or "timm", "mode": mode, "kind": kind, "batch": batch}
+            for mode, kind, batch in cases
+        ]
+        rows = [next((row for row in kept if key.items() <= row.items()), key) for key in keys]
+        if "memory" in figures:
+            with ProcessPoolExecutor(1, get_context("spawn"), map_every_tensor) as alone:
+                found = alone.submit(peaks, name, given.official, cases, given.threads).result()
+            rows = [row | new for row, new in zip(rows, found, strict=True)]
+        if "time" in figures:
+            with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                found = alone.submit(times, name, given.official, cases, given.budget, given.threads).result()
+            rows = [row | new for row, new in zip(rows, found, strict=True)]
+        kept = [row for row in kept if not any(key.items() <= row.items() for key in keys)] + rows
         write_json(given.out, {**summary(kept), "left_out": left_out, "rows": kept})
     if len(left_out) == len(given.names or PAIRS):
         raise SystemExit("nothing was measured: " + json.dumps(left_out))
     for mode, mean in summary(kept)["geometric_mean"].items():
-        print(f"{mode}: geometric mean of ours / theirs {mean['all']:.3f}")
-
-
-def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["mode"], row["kind"], row["batch"]
+        print(f"{mode}: geometric means of ours / theirs " + ", ".join(f"{k} {v['all']:.3f}" for k, v in mean.items()))
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The device and the geometric means of the ratios, by mode."""
     means: dict[str, Any] = {}
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        these = [row for row in rows if row["mode"] == mode]
-        by_model = {
-            name: geometric_mean([row["ratio"] for row in these if row["model"] == name])
-            for name in dict.fromkeys(row["model"] for row in these)
-        }
-        means[mode] = {"all": geometric_mean([row["ratio"] for row in these]), "by_model": by_model}
-        if peaks := [row["peak_ratio"] for row in these if row.get("peak_ratio")]:
-            means[mode]["peak_memory"] = geometric_mean(peaks)
+        means[mode] = {}
+        for figure, key in (("time", "ratio"), ("memory", "peak_ratio")):
+            these = [row for row in rows if row["mode"] == mode and key in row]
+            by_model = {
+                name: geometric_mean([row[key] for row in these if row["model"] == name])
+                for name in dict.fromkeys(row["model"] for row in these)
+            }
+            if these:
+                means[mode][figure] = {"all": geometric_mean([row[key] for row in these]), "by_model": by_model}
     try:
         reference = version("timm")
     except PackageNotFoundError:

@@ -1,7 +1,8 @@
 """Convolutions on channels-last grids of one, two or three axes.
 
 The weight has PyTorch's layout `(out, in / groups, *kernel)`, so official checkpoints load as they are. The input
-is seen through a permuted view, which is PyTorch's channels_last memory format: nothing is copied.
+is seen through a permuted view, which is PyTorch's channels_last memory format: nothing is copied. Nor is the weight
+where `hold_channels_last` put it into that format too.
 """
 
 from collections.abc import Callable
@@ -112,6 +113,17 @@ class SqueezeExcite(nn.Module):
 def max_pool(x: Float[Tensor, "b h w c"], size: int, stride: int, padding: int) -> Float[Tensor, "b i j c"]:
     """Max-pooling of a channels-last map."""
     return F.max_pool2d(x.movedim(-1, 1), size, stride, padding).movedim(1, -1)
+
+
+def hold_channels_last(model: nn.Module) -> None:
+    """Brings kernels into the memory format of the maps they meet; otherwise each call copies them first.
+
+    Of a stride-2 convolution from 320 to 512 channels of a 14x14 map that copy is nearly half the time. Shapes, names
+    and numbers stay.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def channels_last(image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b i height width"]:

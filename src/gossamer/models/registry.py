@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gossamer import catalogue
 from gossamer.io import read_checkpoint
+from gossamer.layers.conv import hold_channels_last
 from gossamer.layers.settings import check_settings
 
 Rules = Sequence[tuple[str, str | None]]
@@ -107,6 +108,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     check_settings(known, settings)
     model = entry.build(**settings)
+    hold_channels_last(model)
     model.config = {"name": name, **overrides}  # type: ignore[assignment]
     return model
 
