@@ -72,13 +72,16 @@ def trials(run: Path) -> list[FrozenTrial]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not (run / "study.db").exists():
         return []
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{run / 'study.db'}", skip_compatibility_check=True, skip_table_creation=True
-    )
+    try:
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{run / 'study.db'}", skip_compatibility_check=True, skip_table_creation=True
+        )
+    except optuna.exceptions.StorageInternalError:  # the run is making its tables
+        return []
     try:
         studies = storage.get_all_studies()
         return storage.get_all_trials(studies[0]._study_id) if studies else []
-    except optuna.exceptions.StorageInternalError:  # the run is making its tables
+    except optuna.exceptions.StorageInternalError:  # some of them
         return []
     finally:
         storage.remove_session()
