@@ -74,8 +74,10 @@ def test_the_mask_is_the_product_of_the_decays_on_the_way() -> None:
 
 
 def test_no_way_is_longer_than_nothing_and_the_way_to_oneself_is_none() -> None:
-    mask = polyline_mask(*steps(2, 3, 4, 6))
+    across, down = steps(2, 3, 4, 6)
+    mask = polyline_mask(across, down)
     assert mask.shape == (2, 3, 24, 24)
+    assert torch.equal(polyline_mask(across, down, column_first=True), mask.mT)
     assert float(mask.max()) == 0
     assert bool((mask.diagonal(dim1=-2, dim2=-1) == 0).all())
     assert not torch.allclose(mask, mask.mT)

@@ -33,17 +33,25 @@ def line_mask(steps: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n n"]:
     return -(total[..., :, None] - total[..., None, :]).abs()
 
 
-def polyline_mask(across: Float[Tensor, "*b h w"], down: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b n n"]:
+def polyline_mask(
+    across: Float[Tensor, "*b h w"], down: Float[Tensor, "*b h w"], *, column_first: bool = False
+) -> Float[Tensor, "*b n n"]:
     """`L_(i,k),(j,l) = M_row i(k, l) + M_column l(i, j)`: along row i to column l, then along that column to row j.
 
     Args:
         across, down: the steps onto each token along its row and along its column, not > 0.
+        column_first: the way along column k to row j, then along that row: the transpose, which is quicker to write
+            out than to read across.
     """
     rows = line_mask(across)  # (i, k, l)
     # Written out in the order (i, j, l), so that the sum lies as the logits do.
     total = down.cumsum(-2)
     columns = -(total[..., :, None, :] - total[..., None, :, :]).abs()
-    return (rows[..., :, :, None, :] + columns[..., :, None, :, :]).flatten(-4, -3).flatten(-2)
+    if column_first:
+        both = rows.transpose(-3, -2)[..., None, :, :, :] + columns.transpose(-2, -1)[..., None]
+    else:
+        both = rows[..., :, :, None, :] + columns[..., :, None, :, :]
+    return both.flatten(-4, -3).flatten(-2)
 
 
 def polyline_product(
@@ -125,8 +133,9 @@ class PolylineAttention(HeadMixer):
         """Twice the answer, `(b, h, w, n, d)`."""
         q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
         logits = q @ k.transpose(-2, -1)
-        mask = polyline_mask(across, down)
-        weights = (logits + mask).softmax(-1) + (logits + mask.transpose(-2, -1)).softmax(-1)
+        masks = (polyline_mask(across, down, column_first=first) for first in (False, True))
+        by_row, by_column = ((logits + mask).softmax(-1) for mask in masks)
+        weights = by_row + by_column
         return (weights @ v).transpose(1, 2).unflatten(1, across.shape[-2:])
 
     def _along_axes(self, q: Tensor, k: Tensor, v: Tensor, across: Tensor, down: Tensor) -> Tensor:
