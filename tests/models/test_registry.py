@@ -1,7 +1,10 @@
 """Systems by name: what is built, what is refused, and how official weights are told."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from gossamer import catalogue
 from gossamer.models import create_model, list_models, load_official, model_card
@@ -112,3 +115,16 @@ def test_rules_apply_in_order_and_none_drops_a_key() -> None:
     rules = [(r"^old\.", "new."), (r"^new\.a", "new.b"), (r"index$", None)]
     state = {"old.a": torch.tensor(1), "old.index": torch.tensor(2), "c": torch.tensor(3)}
     assert {key: int(value) for key, value in rename(state, rules).items()} == {"new.b": 1, "c": 3}
+
+
+def test_kernels_lie_as_the_maps_they_meet_and_answer_as_plain_ones_do() -> None:
+    model = create_model("resnet50_rgb", backbone="resnet18", width=8, img_size=32, num_classes=3).eval()
+    plain = copy.deepcopy(model)
+    for layer in plain.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.contiguous()
+    kernels = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    assert all(k.is_contiguous(memory_format=torch.channels_last) for k in kernels)
+    assert not all(k.is_contiguous() for k in kernels)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), plain(x))

@@ -82,11 +82,11 @@ def test_evolution_finds_nearly_the_best_of_the_space_and_better_than_chance():
 
 def test_a_search_leaves_a_trained_network_and_says_what_it_saw(tmp_path, monkeypatch):
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
-    results = search_micro("digits", latency_ms=0.2, seconds=6, count=4, out=tmp_path / "run")
+    results = search_micro("digits", latency_ms=0.2, seconds=12, count=4, out=tmp_path / "run")
     assert 1 <= len(results["judged"]) <= 4
     assert results["chosen"] in results["judged"]
     net = gossamer.load(tmp_path / "run" / "model")
     assert macs(net, torch.zeros(1, 1, 8, 8)).total == results["macs"]
-    assert results["test"]["accuracy"] > 0.2  # chance is 0.1, and a busy machine does little in 6 seconds
+    assert results["test"]["accuracy"] > 0.3
     with pytest.raises(ValueError, match="wants images"):
         search_micro("toy-text", latency_ms=1.0, seconds=1, out=tmp_path / "other")

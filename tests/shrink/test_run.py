@@ -56,7 +56,7 @@ def few():
 @pytest.fixture(scope="module")
 def done(digits, few, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    options = ShrinkOptions(model=str(digits), data="digits", shares={"macs": 0.6}, seconds=45, out=out, quiet=True)
+    options = ShrinkOptions(model=str(digits), data="digits", shares={"macs": 0.6}, seconds=60, out=out, quiet=True)
     return shrink(options), options
 
 
@@ -67,8 +67,7 @@ def test_a_budget_in_multiply_adds_is_met_and_everything_is_there(done, digits):
     before, after = r["before"], r["winner"]
     assert after["cost"]["macs"] <= 0.6 * before["cost"]["macs"]
     assert before["test"]["accuracy"] > 0.8
-    # Chance is 0.1; how near to what it was depends on how much of its seconds a run gets of the machine.
-    assert after["test"]["accuracy"] > 0.5
+    assert after["test"]["accuracy"] > before["test"]["accuracy"] - 0.1
     assert [t["recipe"][0]["pass"] for t in r["trials"]][:2] == ["magnitude", "merging"]
     folder = result.folder
     net = gossamer.load(folder)
