@@ -72,7 +72,7 @@ def test_slices_are_global_attention_with_other_groups_masked(
     mixer = create_mixer("sliced", 8, heads=2, groups=groups, shuffled=shuffled).double().eval()
     x = torch.randn(2, *shape, 8, dtype=torch.float64)
     n = x.flatten(1, -2).shape[1]
-    order = torch.from_numpy(fixed_order(n)) if shuffled else torch.arange(n)
+    order = fixed_order(n) if shuffled else torch.arange(n)
     group = torch.empty(n, dtype=torch.long)
     group[order] = torch.arange(n) // -(-n // groups)
     q, k, v = mixer.project(x.flatten(1, -2))

@@ -11,7 +11,7 @@ Source: Shen et al. 2021, "Sliced Recursive Transformer", section 3.3.
 - prunable: heads
 """
 
-from functools import lru_cache
+from operator import index
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from gossamer.layers.linear import linear
 from gossamer.mixers.base import register_mixer
 from gossamer.mixers.heads import HeadMixer
 from gossamer.ops.attention import attention, join_heads
+from gossamer.ops.constants import of_sizes
 
 
 @register_mixer("sliced", grids=(1, 2, 3))
@@ -98,11 +99,10 @@ class SlicedAttention(HeadMixer):
     def _order(self, n: int, device: torch.device) -> Tensor:
         if self.training or self.fresh:
             return torch.randperm(n, device=device)
-        return torch.from_numpy(fixed_order(int(n))).to(device)
+        return fixed_order(index(n)).to(device)
 
 
-@lru_cache(maxsize=64)
+@of_sizes
 def fixed_order(n: int) -> np.ndarray:
     """The order of `n` tokens that stands for a drawn one in eval mode."""
-    # NumPy, not torch: a cached tensor made under a meta device or a tracer would poison later calls.
     return np.random.default_rng(0).permutation(n)

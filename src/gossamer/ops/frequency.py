@@ -9,7 +9,6 @@ section 3.1.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,12 +16,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from gossamer.ops.constants import of_sizes
+
 # JFIF 1.02: rows are Y, Cb, Cr of red, green, blue.
 _YCBCR = (
     (0.299, 0.587, 0.114),
     (-0.299 / 1.772, -0.587 / 1.772, 0.886 / 1.772),
     (0.701 / 1.402, -0.587 / 1.402, -0.114 / 1.402),
 )
+_RGB = np.linalg.inv(np.array(_YCBCR)).tolist()
 
 
 def rgb_to_ycbcr(x: Float[Tensor, "b *grid 3"]) -> Float[Tensor, "b *grid 3"]:
@@ -32,13 +34,12 @@ def rgb_to_ycbcr(x: Float[Tensor, "b *grid 3"]) -> Float[Tensor, "b *grid 3"]:
 
 def ycbcr_to_rgb(x: Float[Tensor, "b *grid 3"]) -> Float[Tensor, "b *grid 3"]:
     """The inverse: `R = Y + 1.402 (Cr - 128)`, `B = Y + 1.772 (Cb - 128)`, and G from Y."""
-    back = torch.tensor(np.linalg.inv(np.array(_YCBCR)).T.tolist(), dtype=x.dtype, device=x.device)
-    return (x - x.new_tensor((0.0, 128.0, 128.0))) @ back
+    return (x - x.new_tensor((0.0, 128.0, 128.0))) @ x.new_tensor(_RGB).T
 
 
 def dct_matrix(size: int) -> Float[Tensor, "n n"]:
     """The orthonormal DCT-II in double precision: `C[u, x] = s_u cos(pi u (2 x + 1) / (2 n))`, `C C^T = 1`."""
-    return torch.tensor(_matrix(size).tolist(), dtype=torch.float64)
+    return torch.from_numpy(_matrix(size))
 
 
 def block_dct(
@@ -56,7 +57,7 @@ def block_dct(
     if height % size or width % size:
         raise ValueError(f"image sides must be multiples of {size}, got {height}x{width}")
     blocks = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).permute(0, 1, 3, 5, 2, 4)
-    return blocks.flatten(-2) @ _both_axes(size, keep, x).T
+    return blocks.flatten(-2) @ _both_axes(size, None if keep is None else tuple(keep)).to(x).T
 
 
 def block_idct(
@@ -70,7 +71,9 @@ def block_idct(
     count = size * size if keep is None else len(keep)
     if coefficients.shape[-1] != count:
         raise ValueError(f"a block must have {count} coefficients, got {coefficients.shape[-1]}")
-    blocks = (coefficients @ _both_axes(size, keep, coefficients)).unflatten(-1, (size, size))
+    blocks = (coefficients @ _both_axes(size, None if keep is None else tuple(keep)).to(coefficients)).unflatten(
+        -1, (size, size)
+    )
     return blocks.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -102,15 +105,13 @@ def jpeg_channels(
     return torch.cat([block_dct(p, size, k)[:, :, :, 0] for p, k in zip(parts, kept, strict=True)], -1)
 
 
-def _both_axes(size: int, keep: Sequence[int] | None, like: Tensor) -> Tensor:
+@of_sizes
+def _both_axes(size: int, keep: tuple[int, ...] | None) -> np.ndarray:
     """`C x C^T`, flattened, is `(C kron C)` times x flattened."""
     matrix = np.kron(_matrix(size), _matrix(size))
-    matrix = matrix if keep is None else matrix[list(keep)]
-    return torch.tensor(matrix.tolist(), dtype=like.dtype, device=like.device)
+    return matrix if keep is None else matrix[list(keep)]
 
 
-# NumPy, not torch: a cached tensor made under a meta device or a tracer would poison later calls.
-@lru_cache(maxsize=8)
 def _matrix(size: int) -> np.ndarray:
     u, x = np.arange(size)[:, None], np.arange(size)
     scale = np.where(u == 0, 1.0, 2.0**0.5) / size**0.5

@@ -9,14 +9,16 @@ Source: Liu et al. 2021, "Swin Transformer", section 3.2 (windows, shifts); Tu e
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
+from operator import index
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from gossamer.ops.constants import of_sizes
 
 
 def lengths(x: Float[Tensor, "b *grid c"]) -> tuple[int, ...]:
@@ -97,14 +99,14 @@ def shift_mask(grid: Sequence[int], size: Sequence[int], offset: Sequence[int]) 
     The shifted grid falls into regions cut at `-size` and `-offset` on each axis; tokens of one window may attend
     only inside their region (Swin, figure 4).
     """
-    return torch.from_numpy(_shift_mask(tuple(grid), tuple(size), tuple(offset)))
+    return _shift_mask(tuple(index(n) for n in grid), tuple(size), tuple(offset))
 
 
 def shift_penalty(
     grid: Sequence[int], size: Sequence[int], offset: Sequence[int], penalty: float
 ) -> Float[Tensor, "w n n"]:
     """The same as a term of the logits: 0 inside a region, `penalty` between regions. Not to be written to."""
-    return torch.from_numpy(_shift_penalty(tuple(grid), tuple(size), tuple(offset), penalty))
+    return _shift_penalty(tuple(index(n) for n in grid), tuple(size), tuple(offset), penalty)
 
 
 def relative_index(size: Sequence[int]) -> Int[Tensor, "n n"]:
@@ -156,9 +158,7 @@ def _unpartition(w: Tensor, size: Sequence[int], grid: Sequence[int], *, dilated
     return split.permute(*order, 2 * axes + 1).reshape(-1, *grid, w.shape[-1])
 
 
-# NumPy, not torch: a cached tensor made under a meta device or a tracer would poison later calls.
-@lru_cache(maxsize=64)
-def _shift_mask(grid: tuple[int, ...], size: tuple[int, ...], offset: tuple[int, ...]) -> np.ndarray:
+def _same_region(grid: tuple[int, ...], size: tuple[int, ...], offset: tuple[int, ...]) -> np.ndarray:
     labels = np.zeros(grid, np.int64)
     for axis, (length, window, moved) in enumerate(zip(grid, size, offset, strict=True)):
         if moved:
@@ -172,9 +172,14 @@ def _shift_mask(grid: tuple[int, ...], size: tuple[int, ...], offset: tuple[int,
     return regions[:, :, None] == regions[:, None, :]
 
 
-@lru_cache(maxsize=64)
-def _shift_penalty(grid: tuple[int, ...], size: tuple[int, ...], offset: tuple[int, ...], penalty: float) -> np.ndarray:
-    return np.where(_shift_mask(grid, size, offset), np.float32(0), np.float32(penalty))
+def _between_regions(
+    grid: tuple[int, ...], size: tuple[int, ...], offset: tuple[int, ...], penalty: float
+) -> np.ndarray:
+    return np.where(_same_region(grid, size, offset), np.float32(0), np.float32(penalty))
+
+
+_shift_mask = of_sizes(_same_region)
+_shift_penalty = of_sizes(_between_regions)
 
 
 def _offsets(size: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,82 @@
+"""A compiler sees one graph of every mixer and of every family that `fit` picks from, and it gives the same.
+
+Run as a script it checks one group in a process of its own: a compiler cannot trace the checks that the tests put
+around every function.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+Case = tuple[str, nn.Module, list[tuple[Tensor, ...]]]
+
+
+def mixers() -> Iterator[Case]:
+    sys.path.append(str(Path(__file__).parent / "mixers"))
+    from test_contract import EVERY, build, tokens
+
+    for name, axes in EVERY:
+        yield f"{name}, {axes} axes", build(name, axes), [(tokens(axes),)]
+
+
+def families() -> Iterator[Case]:
+    from gossamer.data import read_dataset
+    from gossamer.fit.candidates import enumerate_candidates
+    from gossamer.tasks import create_task
+
+    for source in ("toy-images", "toy-text", "toy-series"):
+        data = read_dataset(source)
+        task = create_task(data.task, data.spec, data.meta)
+        inputs, _ = task.batch(data.train, torch.tensor([0, 1]))
+        for candidate in enumerate_candidates(data):
+            if candidate.name.endswith("-xs"):
+                yield f"{candidate.name}, {source}", candidate.build(), [tuple(inputs)]
+
+
+def sizes() -> Iterator[Case]:
+    """What depends on the size alone is in the graph of each size as it is."""
+    from gossamer.models import create_model
+
+    images = [(torch.randn(2, 3, *size),) for size in ((64, 64), (64, 96))]
+    swin = {"embed_dim": 8, "depths": (2, 2), "heads": (1, 2), "window": 4, "pad": True}
+    yield "swin", create_model("swin", **swin), images
+    yield "sret", create_model("sret", base_dim=8, heads=(1, 2, 4), depths=(2, 2, 2), img_size=64), images
+    dct = {"backbone": ("basic", (1, 1, 1, 1)), "width": 8, "pixels": True}
+    yield "dct-learning", create_model("resnet50_dct24", **dct), images
+
+
+GROUPS: dict[str, Callable[[], Iterator[Case]]] = {"mixers": mixers, "families": families, "sizes": sizes}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_compiler_sees_one_graph_that_gives_the_same(group: str) -> None:
+    done = subprocess.run([sys.executable, __file__, group], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert int(done.stdout.splitlines()[-1]) >= {"mixers": 100, "families": 30, "sizes": 3}[group]
+
+
+def check(group: str) -> int:
+    torch.manual_seed(0)
+    count = failed = 0
+    for name, model, calls in GROUPS[group]():
+        torch.compiler.reset()
+        compiled = torch.compile(model.eval(), backend="eager", fullgraph=True)
+        try:
+            with torch.no_grad():
+                for call in calls:
+                    torch.testing.assert_close(compiled(*call), model(*call), rtol=1e-4, atol=1e-5)
+        except Exception as error:  # all of them are wanted, whatever the compiler raises
+            failed += 1
+            print(f"{name}: {type(error).__name__}: {str(error)[:400]}")
+        count += 1
+    print(count)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(check(sys.argv[1]))
