@@ -14,7 +14,6 @@ Source: Khan et al. 2024, "Beyond Uniform Query Distribution: Key-Driven Grouped
 - one, two or three grid axes: the grid is read as one sequence
 """
 
-from operator import index
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +25,7 @@ from gossamer.layers.linear import linear
 from gossamer.mixers.base import register_mixer
 from gossamer.mixers.grouped_query import GroupedMixer, check_groups
 from gossamer.ops.attention import attention, join_heads
-from gossamer.ops.constants import of_sizes
+from gossamer.ops.constants import drawn
 
 # Share of the present norms in the moving average.
 EMA = 0.9
@@ -251,7 +250,7 @@ class PerturbedAttention(KeyDrivenMixer):
 
     def noise(self, rows: Float[Tensor, "b h m"]) -> Float[Tensor, "h m"]:
         """Standardised uniform noise, one matrix for each group; sample by sample the same."""
-        shape = (self.kv_heads, self.heads // self.kv_heads, index(rows.shape[2]))
+        shape = (self.kv_heads, self.heads // self.kv_heads, rows.shape[2])
         if self.sampling == "random":
             u = torch.rand(shape, dtype=rows.dtype, device=rows.device)
         else:
@@ -260,7 +259,7 @@ class PerturbedAttention(KeyDrivenMixer):
         return ((u - u.mean(-1, keepdim=True)) / u.std(-1, keepdim=True)).flatten(0, 1)
 
 
-@of_sizes
+@drawn
 def fixed_noise(*shape: int) -> np.ndarray:
     """The uniform noise that stands for drawn noise."""
     return np.random.default_rng(0).random(shape)

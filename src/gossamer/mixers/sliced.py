@@ -11,8 +11,6 @@ Source: Shen et al. 2021, "Sliced Recursive Transformer", section 3.3.
 - prunable: heads
 """
 
-from operator import index
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,7 @@ from gossamer.layers.linear import linear
 from gossamer.mixers.base import register_mixer
 from gossamer.mixers.heads import HeadMixer
 from gossamer.ops.attention import attention, join_heads
-from gossamer.ops.constants import of_sizes
+from gossamer.ops.constants import drawn
 
 
 @register_mixer("sliced", grids=(1, 2, 3))
@@ -99,10 +97,10 @@ class SlicedAttention(HeadMixer):
     def _order(self, n: int, device: torch.device) -> Tensor:
         if self.training or self.fresh:
             return torch.randperm(n, device=device)
-        return fixed_order(index(n)).to(device)
+        return fixed_order(n).to(device)
 
 
-@of_sizes
+@drawn
 def fixed_order(n: int) -> np.ndarray:
     """The order of `n` tokens that stands for a drawn one in eval mode."""
     return np.random.default_rng(0).permutation(n)

@@ -10,7 +10,6 @@ Source: Liu et al. 2021, "Swin Transformer", section 3.2 (windows, shifts); Tu e
 
 from collections.abc import Sequence
 from math import prod
-from operator import index
 
 import numpy as np
 import torch
@@ -99,14 +98,14 @@ def shift_mask(grid: Sequence[int], size: Sequence[int], offset: Sequence[int]) 
     The shifted grid falls into regions cut at `-size` and `-offset` on each axis; tokens of one window may attend
     only inside their region (Swin, figure 4).
     """
-    return _shift_mask(tuple(index(n) for n in grid), tuple(size), tuple(offset))
+    return _shift_mask(tuple(grid), tuple(size), tuple(offset))
 
 
 def shift_penalty(
     grid: Sequence[int], size: Sequence[int], offset: Sequence[int], penalty: float
 ) -> Float[Tensor, "w n n"]:
     """The same as a term of the logits: 0 inside a region, `penalty` between regions. Not to be written to."""
-    return _shift_penalty(tuple(index(n) for n in grid), tuple(size), tuple(offset), penalty)
+    return _shift_penalty(tuple(grid), tuple(size), tuple(offset), penalty)
 
 
 def relative_index(size: Sequence[int]) -> Int[Tensor, "n n"]:
