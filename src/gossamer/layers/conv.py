@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gossamer.layers.norms import BatchNorm
+from gossamer.ops.compiled import conv2d
 from gossamer.ops.depthwise import depthwise_conv
 
 
@@ -32,12 +33,21 @@ def Conv(
     return base(dim, out, kernel, stride, kernel // 2 if padding is None else padding, groups=groups, bias=bias)
 
 
+class Conv2d(nn.Conv2d):
+    """PyTorch's own, called by a compiler as it is (`gossamer.ops.compiled`)."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return super()._conv_forward(input, weight, bias)
+        return conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
 class _Conv1d(nn.Conv1d):
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b m o"]:
         return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
-class _Conv2d(nn.Conv2d):
+class _Conv2d(Conv2d):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b i j o"]:
         image = x.movedim(-1, 1)
         if self.groups == self.in_channels == self.out_channels and self._same():

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gossamer.layers.conv import channels_last
+from gossamer.layers.conv import Conv2d, channels_last
 from gossamer.layers.positions import sinusoid
 
 Positions = Literal["learned", "sinusoid"]
@@ -45,7 +45,7 @@ class PatchEmbed(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch, stride or patch, padding, bias=bias)
+        self.proj = Conv2d(in_chans, dim, patch, stride or patch, padding, bias=bias)
         self.norm = norm(dim) if norm else None
 
     def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b h w c"]:

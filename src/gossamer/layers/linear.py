@@ -14,14 +14,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from gossamer.ops import compiled
+
 # Multiply-adds below which the call's own overhead is not earned back.
 LEAST = 2**23
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def linear(layer: nn.Module, x: Float[Tensor, "*b c"], act: nn.Module | None = None) -> Float[Tensor, "*b o"]:
     """`act(layer(x))`."""
     # Asked first: within `_gains` a compiler would leave its graph, come back to real tensors and take the other way.
-    if torch.compiler.is_compiling() or not _gains(layer, x):
+    if torch.compiler.is_compiling():
+        if not _compiles(layer, x):
+            y = layer(x)
+        elif type(act) is nn.GELU and act.approximate == "none":
+            return compiled.linear(x, layer.weight, layer.bias, "gelu")
+        else:
+            y = compiled.linear(x, layer.weight, layer.bias)
+    elif not _gains(layer, x):
         y = layer(x)
     elif torch.is_grad_enabled():
         y = _Linear.apply(x, layer.weight, layer.bias)
@@ -60,6 +70,17 @@ class _Linear(torch.autograd.Function):
         return dx, dw, rows.sum(0) if for_bias else None
 
 
+def _compiles(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    return bool(
+        type(layer) is nn.Linear
+        and not torch.is_grad_enabled()
+        and x.dtype == torch.float32
+        and compiled.traced(x, layer.weight)
+        and x.numel() * layer.out_features >= LEAST
+        and ONEDNN
+    )
+
+
 def _gains(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     return bool(
         type(x) is Tensor
@@ -69,7 +90,7 @@ def _gains(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
         and x.dtype == layer.weight.dtype == torch.float32
         and x.device.type == "cpu"
         and x.is_contiguous()
-        and torch.backends.mkldnn.is_available()
+        and ONEDNN
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()

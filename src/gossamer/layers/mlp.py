@@ -49,7 +49,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop) if drop else None
 
     def forward(self, x: Float[Tensor, "b *grid c"]) -> Float[Tensor, "b *grid c"]:
-        x = linear(self.fc1, x, self.act) if self.norm1 is None else self.act(self.norm1(self.fc1(x)))
+        x = linear(self.fc1, x, self.act) if self.norm1 is None else self.act(self.norm1(linear(self.fc1, x)))
         if self.drop is not None:
             x = self.drop(x)
         x = linear(self.fc2, x)

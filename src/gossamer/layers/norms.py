@@ -25,6 +25,9 @@ class BatchNorm(nn.BatchNorm1d):
             raise ValueError(f"BatchNorm wants (batch, channels, *grid), got shape {tuple(input.shape)}")
 
     def forward(self, x: Float[Tensor, "b *grid c"]) -> Float[Tensor, "b *grid c"]:
+        if torch.compiler.is_dynamo_compiling():
+            # A compiler keeps the order of what it is given, and channels first would be written to memory.
+            return super().forward(x.flatten(0, -2)).view(x.shape)
         return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 

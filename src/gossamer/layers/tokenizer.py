@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from gossamer.layers.conv import Conv, channels_last
+from gossamer.layers.conv import Conv, Conv2d, channels_last
 
 
 class ConvTokenizer(nn.Module):
@@ -44,7 +44,7 @@ class ConvTokenizer(nn.Module):
         self.padding = max(1, kernel // 2) if pool else 0
         widths = [in_chans, *[hidden] * (convs - 1), dim]
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, kernel, self.stride, self.padding, bias=not pool) for a, b in pairwise(widths)
+            Conv2d(a, b, kernel, self.stride, self.padding, bias=not pool) for a, b in pairwise(widths)
         )
         for conv in self.convs:
             assert isinstance(conv, nn.Conv2d)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gossamer.layers import Block, Classifier, DropPath, Mlp, PatchEmbed, TokenStem, resize_positions
 from gossamer.layers.blocks import drop_path_rates
-from gossamer.layers.conv import channels_last
+from gossamer.layers.conv import Conv2d, channels_last
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
 from gossamer.mixers import create_mixer
@@ -49,7 +49,7 @@ class ConvStem(nn.Module):
             raise ValueError(f"conv_stem has patches of {' or '.join(map(str, _CONVS))} pixels, got patch={patch}")
         widths = (in_chans, dim // 4, dim // 2, dim)
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, *sizes) for a, b, sizes in zip(widths, widths[1:], _CONVS[patch], strict=False)
+            Conv2d(a, b, *sizes) for a, b, sizes in zip(widths, widths[1:], _CONVS[patch], strict=False)
         )
 
     def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b h w c"]:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gossamer.layers import BatchNorm, Block, Classifier, DropPath, Mlp, resize_positions
-from gossamer.layers.conv import SqueezeExcite, channels_last
+from gossamer.layers.conv import Conv2d, SqueezeExcite, channels_last
 from gossamer.layers.embed import pair
 from gossamer.layers.linear import linear
 from gossamer.mixers import create_mixer
@@ -36,7 +36,7 @@ Gelu: Callable[[], nn.Module] = partial(nn.GELU, approximate="tanh")
 Norm: Callable[[int], nn.Module] = partial(BatchNorm, eps=1e-3, momentum=0.01)
 
 
-class SameConv(nn.Conv2d):
+class SameConv(Conv2d):
     """A 3x3 convolution with TensorFlow's SAME padding: at step 2, a map of even sides is padded at its end only."""
 
     def __init__(self, dim: int, out: int, *, stride: int = 1, groups: int = 1, bias: bool = True) -> None:

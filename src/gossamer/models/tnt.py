@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gossamer.layers import Block, Classifier, LayerNorm, Mlp, resize_positions
 from gossamer.layers.blocks import drop_path_rates
+from gossamer.layers.conv import Conv2d
 from gossamer.layers.embed import pair
 from gossamer.layers.init import init_transformer
 from gossamer.layers.linear import linear
@@ -48,7 +49,7 @@ class WordEmbed(nn.Module):
             raise ValueError(f"stride must divide patch; got stride={stride}, patch={patch}")
         self.patch = patch
         self.words = (patch // stride) ** 2
-        self.proj = nn.Conv2d(in_chans, dim, 7, stride, 3)
+        self.proj = Conv2d(in_chans, dim, 7, stride, 3)
 
     def forward(self, image: Float[Tensor, "b i height width"]) -> Float[Tensor, "p m c"]:
         (b, i, height, width), p = image.shape, self.patch

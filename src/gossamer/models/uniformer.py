@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gossamer.layers import BatchNorm, Block, Classifier, ConvNorm, LayerNorm, Mlp
-from gossamer.layers.conv import channels_last
+from gossamer.layers.conv import Conv2d, channels_last
 from gossamer.layers.init import init_transformer
 from gossamer.layers.positions import ConvPositions
 from gossamer.mixers import create_mixer, options_for
@@ -97,7 +97,7 @@ class PatchMerge(nn.Module):
     ) -> None:
         super().__init__()
         if frames is None:
-            self.conv: nn.Module = nn.Conv2d(dim, out, patch, patch)
+            self.conv: nn.Module = Conv2d(dim, out, patch, patch)
             self.size: tuple[int, ...] = (patch, patch)
         else:
             kernel, step = frames

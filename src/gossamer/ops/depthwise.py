@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from gossamer.ops.compiled import conv2d
+
 MIN_KERNEL = 5
 # One output of the product sums a whole map; beyond this the sum loses digits and the gain is gone.
 MAX_TOKENS = 128 * 128
@@ -38,7 +40,7 @@ def _gains(x: Tensor, weight: Tensor) -> bool:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=x.shape[1])
+    return conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=x.shape[1])
 
 
 class _Depthwise(torch.autograd.Function):

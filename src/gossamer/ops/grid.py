@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gossamer.ops.compiled import conv2d
 from gossamer.ops.constants import of_sizes
 
 
@@ -129,8 +130,19 @@ def mean_filter(x: Float[Tensor, "b *grid c"], size: int) -> Float[Tensor, "b *g
         planes = mean_filter(x.flatten(0, 1), size).view(x.shape)
         lines = planes.movedim(1, 3)
         return mean_filter(lines.flatten(0, 2), size).view(lines.shape).movedim(3, 1)
+    planes = x.movedim(-1, 1)
+    if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu":
+        # A compiler asks at each tap of each pixel whether it exists; a convolution with ones is one call.
+        conv = (F.conv1d, conv2d, F.conv3d)[x.ndim - 3]
+        ones = x.new_ones(x.shape[-1], 1, *[size] * (x.ndim - 2))
+        total = conv(planes, ones, padding=[size // 2] * (x.ndim - 2), groups=x.shape[-1]).movedim(1, -1)
+        for axis, length in enumerate(x.shape[1:-1], 1):
+            place = torch.arange(length, device=x.device)
+            count = (place + size // 2).clamp(max=length - 1) - (place - size // 2).clamp(min=0) + 1
+            total = total / count.view(-1, *[1] * (x.ndim - 1 - axis))
+        return total
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3]
-    return pool(x.movedim(-1, 1), size, 1, size // 2, count_include_pad=False).movedim(1, -1)
+    return pool(planes, size, 1, size // 2, count_include_pad=False).movedim(1, -1)
 
 
 def _partition(x: Tensor, size: Sequence[int], *, dilated: bool) -> Tensor:
