@@ -47,7 +47,7 @@ def conv2d(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-) -> Float[Tensor, "b o i j"]:
+) -> Float[Tensor, "b o h2 w2"]:
     """`torch.nn.functional.conv2d` of an image in PyTorch's channels_last memory format."""
     if traced(x, weight):
         return torch.ops.gossamer.conv2d.default(x, weight, bias, stride, padding, dilation, groups)
