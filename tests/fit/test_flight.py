@@ -8,10 +8,13 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,24 +71,24 @@ def until(done: Callable[[], object], process: subprocess.Popen[str]) -> None:
 
 
 def trials(run: Path) -> list[FrozenTrial]:
-    """All trials of a run's study; none while there is no study yet. Makes no tables: that is for the run to do."""
+    """All trials of a run's study; none while there is no study yet. Reads a copy: opening a study writes to it."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not (run / "study.db").exists():
         return []
-    try:
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{run / 'study.db'}", skip_compatibility_check=True, skip_table_creation=True
-        )
-    except optuna.exceptions.StorageInternalError:  # the run is making its tables
-        return []
-    try:
-        studies = storage.get_all_studies()
-        return storage.get_all_trials(studies[0]._study_id) if studies else []
-    except optuna.exceptions.StorageInternalError:  # some of them
-        return []
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "study.db"
+        with (
+            closing(sqlite3.connect(f"file:{run / 'study.db'}?mode=ro", uri=True, timeout=PATIENCE)) as theirs,
+            closing(sqlite3.connect(copy)) as ours,
+        ):
+            theirs.backup(ours)
+        storage = optuna.storages.RDBStorage(f"sqlite:///{copy}")
+        try:
+            studies = storage.get_all_studies()
+            return storage.get_all_trials(studies[0]._study_id) if studies else []
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
 
 
 def content(run: Path, name: str = "results.json") -> Any:
