@@ -55,7 +55,7 @@ def learners() -> Iterator[Case]:
     """Systems of convolutions, pools, batch norms and wide products."""
     from gossamer.models import create_model
 
-    image = [(torch.randn(4, 3, 64, 64),)]
+    image = [(torch.randn(8, 3, 64, 64),)]
     maps = {"depths": (1, 1, 1, 1), "dims": (32, 32, 48, 64)}
     yield "metaformer", create_model("metaformer", **maps), image
     yield "convnext", create_model("convnext", **maps), image
@@ -96,6 +96,7 @@ def check(group: str) -> int:
                 with torch.no_grad():
                     torch.testing.assert_close(compiled(*call), model(*call), rtol=1e-4, atol=1e-5)
                 if group == "learners":
+                    assert_own_products(model, call)
                     compare_gradients(model, call)
         except Exception as error:  # all of them are wanted, whatever the compiler raises
             failed += 1
@@ -103,6 +104,21 @@ def check(group: str) -> int:
         count += 1
     print(count)
     return failed
+
+
+def assert_own_products(model: nn.Module, call: tuple[Tensor, ...]) -> None:
+    """The library's convolutions, of which a compiler would turn the maps, are not in the graph; ours are."""
+    targets: set[object] = set()
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        targets.update(node.target for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(*call)
+    assert torch.conv2d not in targets, "conv2d of the library"
+    assert torch.ops.gossamer.conv2d.default in targets, "no conv2d of ours"
+    assert torch.ops.gossamer.linear.default in targets, "no linear of ours"
 
 
 def compare_gradients(model: nn.Module, call: tuple[Tensor, ...]) -> None:

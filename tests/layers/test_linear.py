@@ -112,5 +112,10 @@ compiled = torch.compile(lambda x: linear(layer, x, act), backend="eager", fullg
 torch.testing.assert_close(compiled(x), act(layer(x)))
 with torch.no_grad():
     torch.testing.assert_close(compiled(x), act(layer(x)))
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    torch.compiler.reset()
+    compiled(x)
+    assert seen == [1], "a hook was passed by"
 """
     subprocess.run([sys.executable, "-c", program], check=True)

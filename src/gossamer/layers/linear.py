@@ -27,7 +27,7 @@ def linear(layer: nn.Module, x: Float[Tensor, "*b c"], act: nn.Module | None = N
     if torch.compiler.is_compiling():
         if not _compiles(layer, x):
             y = layer(x)
-        elif type(act) is nn.GELU and act.approximate == "none":
+        elif type(act) is nn.GELU and act.approximate == "none" and not _watched(act):
             return compiled.linear(x, layer.weight, layer.bias, "gelu")
         else:
             y = compiled.linear(x, layer.weight, layer.bias)
@@ -74,6 +74,8 @@ def _compiles(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     return bool(
         type(layer) is nn.Linear
         and not torch.is_grad_enabled()
+        and type(layer.weight) is nn.Parameter
+        and not _watched(layer)
         and x.dtype == torch.float32
         and compiled.traced(x, layer.weight)
         and x.numel() * layer.out_features >= LEAST
