@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gossamer.ops import compiled
+from gossamer.ops.compiled import ONEDNN
 
 # Multiply-adds below which the call's own overhead is not earned back.
 LEAST = 2**23
-ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def linear(layer: nn.Module, x: Float[Tensor, "*b c"], act: nn.Module | None = None) -> Float[Tensor, "*b o"]:

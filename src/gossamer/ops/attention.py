@@ -17,10 +17,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gossamer.ops.compiled import compiling
+
 Normaliser = Callable[[Tensor], Tensor]
 
 # Above this many query-key pairs a head, memory speaks for the fused kernel even where it is slower.
 BF16_FUSED_PAIRS = 1024 * 1024
+# Up to here a compiler's own softmax between two products is quicker than the fused kernel.
+COMPILED_PAIRS = 128 * 128
 
 
 def attention(
@@ -137,6 +141,8 @@ def _fusable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: floa
         return False
     if q.device.type != "cpu":
         return True
+    if compiling() and not torch.is_grad_enabled() and q.shape[2] * k.shape[2] <= COMPILED_PAIRS:
+        return False
     # In bfloat16 the backward of the CPU kernel is several times slower than the products written out.
     return not dropout and (q.dtype != torch.bfloat16 or q.shape[2] * k.shape[2] > BF16_FUSED_PAIRS)
 

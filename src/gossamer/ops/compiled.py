@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
 _library = torch.library.Library("gossamer", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, str act) -> Tensor")
 _library.define(
@@ -21,15 +23,14 @@ _library.define(
 )
 
 
+def compiling() -> bool:
+    """Whether a compiler looks on that will run what it sees; an exporter is none."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
 def traced(x: Tensor, weight: Tensor) -> bool:
     """Whether a compiler looks on that these operators are for."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return compiling() and x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
 
 
 def linear(
@@ -50,7 +51,12 @@ def conv2d(
 ) -> Float[Tensor, "b o h2 w2"]:
     """`torch.nn.functional.conv2d` of an image in PyTorch's channels_last memory format."""
     if traced(x, weight):
-        return torch.ops.gossamer.conv2d.default(x, weight, bias, stride, padding, dilation, groups)
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or not ONEDNN:
+            return torch.ops.gossamer.conv2d.default(x, weight, bias, stride, padding, dilation, groups)
+        # Not a convolution to the compiler either, and called without Python; it has no gradient.
+        x = x.contiguous(memory_format=torch.channels_last)
+        how = (list(padding), list(stride), list(dilation), groups, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, *how)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
