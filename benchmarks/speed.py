@@ -3,8 +3,8 @@
 Run from the repository root: `python benchmarks/speed.py [NAME …]`. It needs the `bench` extra (timm); systems that
 only exist as the authors' repository are measured where `--official DIR` says they are checked out (one folder a
 repository, `OWNER+NAME`). Writes `benchmarks/results/speed.json`: for each model, batch, kind and mode of run, the
-medians, the peaks and the ratios ours / theirs, and the geometric means by mode, with device, threads and versions.
-What was measured before stays in the file until it is measured again.
+medians with the CPU they were taken on, the peaks and the ratios ours / theirs, and the geometric means by mode, with
+device, threads and versions of the last run. What was measured before stays in the file until it is measured again.
 
 - `--mode compiled` hands both to `torch.compile`, each shape for itself; compiling is not timed
 - peak memory is what a call holds above the level before it, in a process that maps every tensor by itself: an
@@ -172,11 +172,12 @@ def forms(model: nn.Module, inputs: tuple[Tensor, ...], kind: str, mode: str) ->
 
 
 def times(name: str, official: Path | None, cases: list[Case], budget: float, threads: int | None) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for case, both in calls(name, official, cases, threads):
         found = latency(both, budget_s=budget, min_runs=7)
         mine, yours = found["ours"], found["theirs"]
         rows.append({"ours": mine.to_dict(), "theirs": yours.to_dict(), "ratio": mine.median_ms / yours.median_ms})
+        rows[-1]["cpu"] = device_info()["cpu"]
         report(name, case, f"ours {mine.median_ms:9.2f} ms  theirs {yours.median_ms:9.2f} ms", rows[-1]["ratio"])
     return rows
 

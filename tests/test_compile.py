@@ -81,6 +81,8 @@ class Products(nn.Module):
                 Conv2d(6, 6, (5, 3), padding=(2, 1), groups=6),
                 Conv2d(6, 4, 2, stride=2, groups=2, bias=False),
                 Conv2d(6, 8, 3, stride=(2, 1), padding=2, dilation=2, bias=False),
+                Conv2d(6, 6, 7, padding=3, groups=6),
+                Conv2d(6, 4, 1),
             ]
         )
 
@@ -93,8 +95,17 @@ class Products(nn.Module):
 
 def products() -> Iterator[Case]:
     """What is called otherwise without gradients, by the compiler that users have."""
-    # One lies channels last as maps do, the other as pictures come.
-    yield "products", Products(), [(torch.randn(2, 9, 7, 6).movedim(-1, 1),), (torch.randn(1, 6, 5, 8),)]
+    from gossamer.layers.conv import hold_channels_last
+
+    channels_last = torch.randn(2, 9, 7, 6).movedim(-1, 1)
+    channels_first = torch.randn(1, 6, 5, 8)
+    one = torch.randn(1, 9, 7, 6).movedim(-1, 1)
+    any_stride = one.as_strided(one.shape, (1, *one.stride()[1:]))
+    for held in (False, True):
+        model = Products()
+        if held:
+            hold_channels_last(model)
+        yield f"products, held {held}", model, [(channels_last,), (channels_first,), (any_stride,)]
 
 
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
@@ -106,7 +117,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-LEAST = {"mixers": 100, "families": 30, "sizes": 3, "learners": 4, "products": 1}
+LEAST = {"mixers": 100, "families": 30, "sizes": 3, "learners": 4, "products": 2}
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -36,3 +36,18 @@ def test_the_own_gradient_is_used_where_it_gains_and_only_there() -> None:
     assert name not in type(depthwise.depthwise_conv(x, w[..., 2:5, 2:5], None).grad_fn).__name__
     with torch.no_grad():
         assert depthwise.depthwise_conv(x, w, None).grad_fn is None
+
+
+def test_what_compilers_call_keeps_the_rules_and_equals_the_library_forward_and_gradient() -> None:
+    x = torch.randn(2, 9, 7, 6, dtype=torch.float64).movedim(-1, 1).requires_grad_()
+    w = torch.randn(6, 1, 5, 7, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    ops = torch.ops.gossamer
+    torch.library.opcheck(ops.depthwise_conv.default, (x, w, b))
+    torch.library.opcheck(ops.depthwise_weight_gradient.default, (x.detach(), torch.randn_like(x), [5, 7]))
+    y, plain = ops.depthwise_conv.default(x, w, b), F.conv2d(x, w, b, padding=(2, 3), groups=6)
+    torch.testing.assert_close(y, plain)
+    dy = torch.randn_like(y)
+    mine, theirs = (torch.autograd.grad(z, [x, w, b], dy) for z in (y, plain))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)

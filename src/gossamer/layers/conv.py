@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gossamer.layers.norms import BatchNorm
-from gossamer.ops.compiled import conv2d
+from gossamer.ops.compiled import channels_last_strides, conv2d
 from gossamer.ops.depthwise import depthwise_conv
 
 
@@ -133,7 +133,11 @@ def hold_channels_last(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+            weight = module.weight.data
+            held = torch.empty_strided(
+                weight.shape, channels_last_strides(weight.shape), dtype=weight.dtype, device=weight.device
+            )
+            module.weight.data = held.copy_(weight)
 
 
 def channels_last(image: Float[Tensor, "b i height width"]) -> Float[Tensor, "b i height width"]:

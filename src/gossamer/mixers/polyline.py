@@ -27,10 +27,16 @@ from gossamer.mixers.heads import HeadMixer
 def line_mask(steps: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n n"]:
     """`M_ij = sum of steps over (j, i]`, or `(i, j]`: the way between two tokens of a line, for steps that are not > 0.
 
-    With `s = cumsum(steps)`, which falls, that is `-|s_i - s_j|`.
+    With `s = cumsum(steps)`, which falls, that is `sign(i - j) (s_i - s_j)`.
     """
     total = steps.cumsum(-1)
-    return -(total[..., :, None] - total[..., None, :]).abs()
+    return _signs(steps.shape[-1], steps) * (total[..., :, None] - total[..., None, :])
+
+
+def _signs(n: int, like: Tensor) -> Float[Tensor, "n n"]:
+    """`sign(i - j)`: unlike an absolute value, the product with it keeps no n x n differences for its gradient."""
+    place = torch.arange(n, device=like.device)
+    return (place[:, None] - place).sign().to(like.dtype)
 
 
 def polyline_mask(
@@ -46,7 +52,7 @@ def polyline_mask(
     rows = line_mask(across)  # (i, k, l)
     # Written out in the order (i, j, l), so that the sum lies as the logits do.
     total = down.cumsum(-2)
-    columns = -(total[..., :, None, :] - total[..., None, :, :]).abs()
+    columns = _signs(down.shape[-2], down)[..., None] * (total[..., :, None, :] - total[..., None, :, :])
     if column_first:
         both = rows.transpose(-3, -2)[..., None, :, :, :] + columns.transpose(-2, -1)[..., None]
     else:
@@ -123,7 +129,8 @@ class PolylineAttention(HeadMixer):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         inner = self.heads * self.head_dim
         qkv = linear(self.qkv, x)
-        v = qkv[..., 2 * inner :]
+        # A copy, so that what is kept for gradients does not hold the queries and keys before their turn.
+        v = qkv[..., 2 * inner :].contiguous()
         q, k = self.turned(qkv[..., : 2 * inner].unflatten(-1, (2, self.heads, self.head_dim)))
         mix = self._along_axes if self.separable else self._over_all
         y = mix(q, k, v.unflatten(-1, (self.heads, self.head_dim)), *self.steps(x))

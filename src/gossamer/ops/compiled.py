@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -51,7 +51,7 @@ def conv2d(
 ) -> Float[Tensor, "b o h2 w2"]:
     """`torch.nn.functional.conv2d` of an image in PyTorch's channels_last memory format."""
     if traced(x, weight):
-        if torch.is_grad_enabled() or x.dtype != torch.float32 or not ONEDNN:
+        if torch.is_grad_enabled() or not (ONEDNN and _held(weight)):
             return torch.ops.gossamer.conv2d.default(x, weight, bias, stride, padding, dilation, groups)
         # Not a convolution to the compiler either, and called without Python; it has no gradient.
         x = x.contiguous(memory_format=torch.channels_last)
@@ -64,8 +64,29 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], "none")
 
 
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
-    y = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, *how)
+def channels_last_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Of PyTorch's channels_last memory format, axes of length one included.
+
+    Of such an axis any stride will do; but from images and kernels that do not say channels last by every stride,
+    convolutions answer in the other format.
+    """
+    _, c, h, w = shape
+    return c * h * w, 1, w * c, c
+
+
+def _held(weight: Tensor) -> bool:
+    """Whether answers are channels last for sure: the compiler counts on it."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype == torch.float32
+        and weight[0].numel() > 1
+        and weight.stride() == channels_last_strides(weight.shape)
+    )
+
+
+def channels_last_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x.as_strided(x.shape, channels_last_strides(x.shape)), weight, bias, *how)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -85,9 +106,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 _library.impl("linear", _linear, "CPU")
-_library.impl("conv2d", _conv2d, "CPU")
+_library.impl("conv2d", channels_last_conv2d, "CPU")
 torch.library.register_fake(
     "gossamer::linear", lambda x, weight, bias, act: x.new_empty((*x.shape[:-1], weight.shape[0])), lib=_library
 )
-torch.library.register_fake("gossamer::conv2d", _conv2d, lib=_library)
+torch.library.register_fake("gossamer::conv2d", channels_last_conv2d, lib=_library)
 torch.library.register_autograd("gossamer::conv2d", _backward, setup_context=_keep, lib=_library)
