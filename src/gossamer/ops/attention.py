@@ -23,7 +23,7 @@ Normaliser = Callable[[Tensor], Tensor]
 
 # Above this many query-key pairs a head, memory speaks for the fused kernel even where it is slower.
 BF16_FUSED_PAIRS = 1024 * 1024
-# Up to here a compiler's own softmax between two products is quicker than the fused kernel.
+# Up to here a compiler's own softmax between two products is quicker than the fused kernel, unless there is a bias.
 COMPILED_PAIRS = 128 * 128
 
 
@@ -60,7 +60,8 @@ def attention(
     """
     q, k, v, mask, bias, scale = _fold(q, k, v, mask, bias, causal, scale, temperature, sinks)
     keyed = temperature is not None and temperature.shape[-1] != 1
-    if normaliser is None and not keyed and _fusable(q, k, v, bias, dropout):
+    plain = bias is None and mask is None
+    if normaliser is None and not keyed and _fusable(q, k, v, bias, dropout) and not (plain and _compiled_better(q, k)):
         out = F.scaled_dot_product_attention(q, k, v, _additive(mask, bias, q), dropout, scale=scale)
     else:
         weights = _weights(q, k, mask, bias, scale, temperature if keyed else None, sinks, normaliser)
@@ -141,10 +142,13 @@ def _fusable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: floa
         return False
     if q.device.type != "cpu":
         return True
-    if compiling() and not torch.is_grad_enabled() and q.shape[2] * k.shape[2] <= COMPILED_PAIRS:
-        return False
     # In bfloat16 the backward of the CPU kernel is several times slower than the products written out.
     return not dropout and (q.dtype != torch.bfloat16 or q.shape[2] * k.shape[2] > BF16_FUSED_PAIRS)
+
+
+def _compiled_better(q: Tensor, k: Tensor) -> bool:
+    few = q.shape[2] * k.shape[2] <= COMPILED_PAIRS
+    return few and q.device.type == "cpu" and compiling() and not torch.is_grad_enabled()
 
 
 def _additive(mask: Tensor | None, bias: Tensor | None, q: Tensor) -> Tensor | None:
