@@ -55,7 +55,7 @@ def conv2d(
             return torch.ops.gossamer.conv2d.default(x, weight, bias, stride, padding, dilation, groups)
         # Not a convolution to the compiler either, and called without Python; it has no gradient.
         x = x.contiguous(memory_format=torch.channels_last)
-        how = (list(padding), list(stride), list(dilation), groups, "none", [], "")
+        how: Any = (list(padding), list(stride), list(dilation), groups, "none", [], "")
         return torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, *how)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
