@@ -85,6 +85,7 @@ def _held(weight: Tensor) -> bool:
 
 
 def channels_last_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    """`torch.nn.functional.conv2d` that takes an image in any memory format and answers in channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
     y = F.conv2d(x.as_strided(x.shape, channels_last_strides(x.shape)), weight, bias, *how)
     return y.contiguous(memory_format=torch.channels_last)
