@@ -48,7 +48,9 @@ def test_vit_comer_equals_official(name: str, dtype: torch.dtype, tolerance: flo
     close = {"atol": tolerance, "rtol": tolerance, "check_dtype": False}
     for i, m in enumerate(maps):
         torch.testing.assert_close(m, saved[f"output{i}"], **close)
-    torch.testing.assert_close(grad_x[..., ::3, ::3], saved["grad_input"], **close)
+    # Rounding weights and image to fp32 alone moves this gradient by 2e-4, 3e-6 of its largest value.
+    atol = tolerance if dtype == torch.float64 else 1e-5 * float(saved["grad_input"].abs().max())
+    torch.testing.assert_close(grad_x[..., ::3, ::3], saved["grad_input"], **{**close, "atol": atol})
     torch.testing.assert_close(swap_offsets(grad_w), saved["grad_weight"], **close)
 
 

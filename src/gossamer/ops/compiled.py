@@ -64,7 +64,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], "none")
 
 
-def channels_last_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+def channels_last_strides(shape: Sequence[int | torch.SymInt]) -> tuple[int | torch.SymInt, ...]:
     """Of PyTorch's channels_last memory format, axes of length one included.
 
     Of such an axis any stride will do; but from images and kernels that do not say channels last by every stride,
