@@ -1,10 +1,13 @@
 """What all tests share: one seed, and where the data sets lie."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 
 DATA = Path(os.environ.get("GOSSAMER_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -19,11 +22,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("flight") is None)
 
 
+def pytest_collection_finish() -> None:
+    """What is loaded stays: it need not be gone through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same random state; tests that use no torch do not load it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def exported_as_by_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are written without the checks of shapes: those would be traced too, slowly, with sizes as constants."""
+    if "torch" not in sys.modules:
+        return
+    onnx = sys.modules["torch"].onnx
+    export = onnx.export
+
+    def unchecked(*args: Any, **kwargs: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+            return export(*args, **kwargs)
+
+    monkeypatch.setattr(onnx, "export", unchecked)
 
 
 @pytest.fixture

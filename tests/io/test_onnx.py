@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer.io import export_onnx, onnx_callable, onnx_session, quantize_onnx, sensitivity
+from gossamer.io.onnx import _rules_of_linear_time
 
 
 class Window(nn.Module):
@@ -126,6 +127,16 @@ def test_what_cannot_be_traced_goes_through_the_other_exporter_in_silence(tmp_pa
     assert "fft" in certificate.reason
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_the_clean_up_after_an_export_leaves_out_the_rule_that_takes_square_time_and_no_other():
+    from onnxscript import rewriter
+
+    rules = rewriter._DEFAULT_REWRITE_RULES
+    with _rules_of_linear_time():
+        assert [rule.name for rule in rules if rule not in rewriter._DEFAULT_REWRITE_RULES] == ["SlicesSplit"]
+        assert len(rewriter._DEFAULT_REWRITE_RULES) == len(rules) - 1
+    assert rewriter._DEFAULT_REWRITE_RULES is rules
 
 
 def test_a_trace_that_took_a_value_for_a_constant_does_not_pass(tmp_path):

@@ -82,8 +82,8 @@ def test_evolution_finds_nearly_the_best_of_the_space_and_better_than_chance():
 
 def test_a_search_leaves_a_trained_network_and_says_what_it_saw(tmp_path, monkeypatch):
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
-    results = search_micro("digits", latency_ms=0.2, seconds=12, count=4, out=tmp_path / "run")
-    assert 1 <= len(results["judged"]) <= 4
+    results = search_micro("digits", latency_ms=0.2, seconds=12, count=2, out=tmp_path / "run")
+    assert 1 <= len(results["judged"]) <= 2
     assert results["chosen"] in results["judged"]
     net = gossamer.load(tmp_path / "run" / "model")
     assert macs(net, torch.zeros(1, 1, 8, 8)).total == results["macs"]

@@ -225,18 +225,38 @@ def _by_dynamo(
         )
         # A batch of 1 would be taken for a constant.
         first = tuple(x if len(x) > 1 else torch.cat([x, x]) for x in first)
-    torch.onnx.export(
-        model,
-        first,
-        path,
-        dynamo=True,
-        dynamic_shapes=shapes,
-        input_names=names_in,
-        output_names=names_out,
-        external_data=False,
-        optimize=True,
-        verbose=False,
-    )
+    with _rules_of_linear_time():
+        torch.onnx.export(
+            model,
+            first,
+            path,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=names_in,
+            output_names=names_out,
+            external_data=False,
+            optimize=True,
+            verbose=False,
+        )
+
+
+@contextmanager
+def _rules_of_linear_time() -> Iterator[None]:
+    """Leaves out one rule of the exporter's clean-up, which goes through the whole graph again for each of its nodes.
+
+    It turns two slices into a split; on 2,000 nodes it takes half of the time of an export.
+    """
+    from onnxscript import rewriter
+
+    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
+    if rules is None:  # another version
+        yield
+        return
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name != "SlicesSplit")
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 def _by_tracing(
