@@ -29,6 +29,7 @@ class Spy:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST", 0)
+    monkeypatch.setattr(module, "INTEL", False)
     if not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch was built without oneDNN")
 
@@ -99,12 +100,25 @@ def test_small_products_are_left_to_the_layer(monkeypatch) -> None:
     assert spy.calls == 1
 
 
+@pytest.mark.usefixtures("always")
+def test_on_intels_cpus_only_narrow_layers_of_many_rows_go_another_way(monkeypatch) -> None:
+    monkeypatch.setattr(module, "INTEL", True)
+    spy = Spy(monkeypatch)
+    with torch.no_grad():
+        for rows, dim, out, layers in ((2048, 128, 128, 0), (2047, 128, 128, 1), (2048, 129, 129, 1), (2048, 64, 8, 1)):
+            spy.calls = 0
+            linear(nn.Linear(dim, out), torch.randn(rows, dim))
+            assert spy.calls == layers, (rows, dim, out)
+
+
 def test_a_compiler_sees_one_graph_and_the_same_numbers() -> None:
     # In a process of its own: a compiler cannot trace the checks that the tests put around every function.
     program = """
 import torch
 from torch import nn
+from gossamer.layers import linear as module
 from gossamer.layers.linear import _gains, linear
+module.INTEL = False
 layer, act = nn.Linear(256, 512), nn.GELU()
 x = torch.randn(2**23 // (256 * 512) + 1, 256, requires_grad=True)
 assert _gains(layer, x)

@@ -31,7 +31,7 @@ def _fixed() -> dict[str, Any]:
 
     logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(logical=False) or logical,
         "usable_cores": logical,
@@ -44,7 +44,8 @@ def _fixed() -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+@cache
+def cpu_model() -> str:
     """Name of the processor; cloud machines hide the model in the name, so its numbers are added."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
