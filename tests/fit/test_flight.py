@@ -25,10 +25,8 @@ import optuna
 import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState
-from typer.testing import CliRunner
 
 import gossamer
-from gossamer.cli import app
 from gossamer.data import Dataset, read_dataset
 from gossamer.data.builtin import toy_table
 from gossamer.measure import parameters
@@ -262,8 +260,10 @@ def test_predict_answers_new_inputs_as_the_exported_file_does(flight: Flight, tm
 
 def test_predict_refuses_what_is_no_run_and_what_it_cannot_read(flight: Flight, tmp_path: Path) -> None:
     for run, word in ((tmp_path, "x"), (flight.run, str(tmp_path / "none.csv"))):
-        done = CliRunner().invoke(app, ["predict", str(run), word])
-        assert done.exit_code == 2, done.stdout
+        done = subprocess.run(
+            [sys.executable, "-m", "gossamer", "predict", str(run), word], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stdout
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
 

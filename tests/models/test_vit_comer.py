@@ -48,9 +48,11 @@ def test_vit_comer_equals_official(name: str, dtype: torch.dtype, tolerance: flo
     close = {"atol": tolerance, "rtol": tolerance, "check_dtype": False}
     for i, m in enumerate(maps):
         torch.testing.assert_close(m, saved[f"output{i}"], **close)
-    # Rounding weights and image to fp32 alone moves this gradient by 2e-4, 3e-6 of its largest value.
-    atol = tolerance if dtype == torch.float64 else 1e-5 * float(saved["grad_input"].abs().max())
-    torch.testing.assert_close(grad_x[..., ::3, ::3], saved["grad_input"], **{**close, "atol": atol})
+    # Rounding weights and image to fp32 alone moves a few entries of this gradient by 2e-4, 3e-6 of the largest.
+    found, wanted = grad_x[..., ::3, ::3].double(), saved["grad_input"].double()
+    atol = tolerance if dtype == torch.float64 else 1e-5 * float(wanted.abs().max())
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=tolerance)
+    assert found.isclose(wanted, atol=tolerance, rtol=tolerance).double().mean() > 0.99
     torch.testing.assert_close(swap_offsets(grad_w), saved["grad_weight"], **close)
 
 
