@@ -3,9 +3,10 @@
     python benchmarks/multi_task.py                     # five seeds
 
 Source of the experiment: Gao et al. 2019, "NDDR-CNN", whose protocol it follows: single-task networks are trained
-first, then fused and trained on. The single tasks are trained on for as many steps, on the same batches. The scenes are
-rendered: spheres, cones, half cylinders and pyramids on a table, in one light; to be told are the kind of solid and the
-surface normal of each pixel. Figures go to `benchmarks/results/multi_task.json`.
+first, then fused and trained on. The single tasks are trained on for as many steps, on the same batches. What the
+fusion's own layers add without the other task is not told apart. The scenes are rendered: spheres, cones, half
+cylinders and pyramids on a table, in one light; to be told are the kind of solid and the surface normal of each pixel.
+Figures go to `benchmarks/results/multi_task.json`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from gossamer import measure
 from gossamer.io.files import write_json
 from gossamer.models import create_model
-from gossamer.models.nddr_cnn import NORMAL_WEIGHT, normal_loss, parameter_groups, segmentation_loss
+from gossamer.models.nddr_cnn import loss, parameter_groups
 
 HERE = Path(__file__).parent
 KINDS = ("table", "sphere", "cone", "cylinder", "pyramid")
@@ -83,11 +84,9 @@ def train(model: nn.Module, data: Scenes, steps: int, lr: float, seed: int) -> N
     model.train()
     for _ in range(steps):
         index = torch.randint(len(data.images), (BATCH,), generator=draw)
-        kinds, normals = model(data.images[index])
-        loss = segmentation_loss(kinds, data.kinds[index])
-        loss = loss + NORMAL_WEIGHT * normal_loss(normals, data.normals[index], valid)
+        total = loss(model(data.images[index]), data.kinds[index], data.normals[index], valid)
         optimiser.zero_grad()
-        loss.backward()
+        total.backward()
         optimiser.step()
         schedule.step()
     model.eval()

@@ -12,8 +12,8 @@ Reduction".
 - `fused=False` gives the single-task networks, which the authors train first; their weights are those of `branches.k`
 - the authors' fusion ends in ReLU, by the defaults of their code; the paper does not say whether it should
 - two related tasks with 40 images gain from the fusion a little, by the authors' protocol (`benchmarks/multi_task.py`,
-  five seeds): normals are 15.9 degrees off in place of 17.0, in every seed; the mean overlap of kinds is 23.7 and
-  23.4 %, higher in three
+  five seeds): normals are 15.9 degrees off, 17.0 without it and 16.4 before the second training; the mean overlap of
+  kinds is 23.7 %, 23.4 without it, higher in three seeds
 - released in TensorFlow without weights and without a licence: built from the description, with a layout of its own
 - there is no task of several dense answers among ours: `loss` and `parameter_groups` are what its training takes
 """
