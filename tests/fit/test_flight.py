@@ -71,14 +71,18 @@ def until(done: Callable[[], object], process: subprocess.Popen[str]) -> None:
 
 
 def trials(run: Path) -> list[FrozenTrial]:
-    """All trials of a run's study; none while there is no study yet. Reads a copy: opening a study writes to it."""
+    """All trials of a run's study; none while there is no study yet.
+
+    Reads a copy, as opening a study makes its tables. `mode=rw` makes none, but can undo what a killed run left half
+    written, which a reader must before it may read.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not (run / "study.db").exists():
         return []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "study.db"
         with (
-            closing(sqlite3.connect(f"file:{run / 'study.db'}?mode=ro", uri=True, timeout=PATIENCE)) as theirs,
+            closing(sqlite3.connect(f"file:{run / 'study.db'}?mode=rw", uri=True, timeout=PATIENCE)) as theirs,
             closing(sqlite3.connect(copy)) as ours,
         ):
             theirs.backup(ours)
