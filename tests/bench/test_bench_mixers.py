@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gossamer import __version__
-from gossamer.bench import bench_mixers
+from gossamer.bench import accuracy, bench_mixers
 from gossamer.bench import mixers as bench
 from gossamer.bench.accuracy import small_network
 from gossamer.bench.block import heads_for, make_mixer
@@ -168,6 +168,75 @@ def test_all_are_trained_equally_long_on_the_same_data_and_a_seed_repeats_it(tmp
     assert "test accuracy" in (tmp_path / "depthwise" / "mixers.svg").read_text()
 
 
+def test_a_stopped_call_leaves_what_it_measured_and_the_same_call_goes_on(tmp_path: Path, monkeypatch) -> None:
+    names = ["depthwise", "identity"]
+    words: dict[str, Any] = {"mixers": names, "train": "digits", "epochs": 1, "out": tmp_path, "quiet": True}
+    # Time is no reason to leave anything out: what is asserted is what is measured twice.
+    words["seconds"] = 60.0
+    timed: list[tuple[int, ...]] = []
+    trained: list[str] = []
+    measure, trainer = bench._measure, accuracy._trainer
+
+    def stopped_at(grid: tuple[int, ...] | None, network: str | None) -> None:
+        def measured(rows: Any, size: tuple[int, ...], dim: int, heads: int, share: float, *rest: Any) -> None:
+            if size == grid:
+                raise KeyboardInterrupt
+            timed.append(size)
+            measure(rows, size, dim, heads, 0.1, *rest)
+
+        def training(name: str, *rest: Any) -> Any:
+            if name == network and (tmp_path / "results.json").exists() and content()["train"] is not None:
+                raise KeyboardInterrupt
+            trained.append(name)
+            return trainer(name, *rest)
+
+        monkeypatch.setattr(bench, "_measure", measured)
+        monkeypatch.setattr(accuracy, "_trainer", training)
+
+    def content() -> dict[str, Any]:
+        return json.loads((tmp_path / "results.json").read_text())
+
+    stopped_at((4, 4), None)
+    with pytest.raises(KeyboardInterrupt):
+        bench_mixers((8, 8), DIM, **words)
+    assert not content()["complete"]
+    assert {len(row["sizes"]) for row in content()["mixers"]} == {1}
+    first = {name: row["sizes"][0] for name, row in rows(content()).items()}
+
+    stopped_at(None, "identity")
+    with pytest.raises(KeyboardInterrupt):
+        bench_mixers((8, 8), DIM, **words)
+    half = content()
+    assert not half["complete"]
+    assert rows(half)["depthwise"]["accuracy"] > 0.1
+    assert "accuracy" not in rows(half)["identity"]
+
+    trained.clear()
+    stopped_at(None, None)
+    results = bench_mixers((8, 8), DIM, **words)
+    assert results["complete"]
+    assert timed == [(2, 2), (4, 4), (8, 8)]
+    assert trained == ["identity"]
+    assert {name: row["sizes"][0] for name, row in rows(results).items()} == first
+    assert rows(results)["depthwise"]["accuracy"] == rows(half)["depthwise"]["accuracy"]
+    assert results["train"] == half["train"]
+    assert results["seconds"] > half["seconds"]
+    assert min(row["network_ms"] for row in rows(results).values()) > 0
+
+    # Stopped before it was drawn, it only draws.
+    (tmp_path / "results.json").write_text(json.dumps({**results, "complete": False}))
+    (tmp_path / "mixers.svg").unlink()
+    bench_mixers((8, 8), DIM, **words)
+    assert timed == [(2, 2), (4, 4), (8, 8)]
+    assert trained == ["identity"]
+    assert (tmp_path / "mixers.svg").exists()
+
+    # A finished bench is run anew, and so is one of other words.
+    timed.clear()
+    bench_mixers((8, 8), DIM, **words)
+    assert timed == [(2, 2), (4, 4), (8, 8)]
+
+
 def test_names_beside_the_picture_keep_apart_in_their_order() -> None:
     heights = [0.1, 0.1, 0.11, 0.5, 0.99, 1.0]
     placed = spread(heights)
@@ -186,7 +255,7 @@ def test_names_beside_the_picture_keep_apart_in_their_order() -> None:
         ((), {}, "one to three"),
         ((0, 4), {}, "positive"),
         ((16,), {"train": "digits"}, "two axes"),
-        ((4, 4), {"train": "toy-text", "mixers": []}, "toy-text is for text-classification"),
+        ((4, 4), {"train": "toy-text"}, "toy-text is for text-classification"),
     ],
 )
 def test_what_cannot_be_benched_is_refused(tmp_path: Path, grid, options, says) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,20 +35,8 @@ TEST_STEP = 1 / 3  # what an image costs in a test, as a share of what it costs 
 LATENCY_SHARE = 0.05
 
 
-def compare_accuracy(
-    names: Sequence[str],
-    source: str,
-    *,
-    seconds: float,
-    epochs: int | None,
-    seed: int,
-    note: Callable[[str], None] = lambda text: None,
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Trains the small network with each mixer.
-
-    Returns:
-        How all were trained; and for each name its `accuracy` on test images with one standard `error`, the `loss` of
-        the last steps, the network's `network_ms` for one image and `network_parameters`, or `train_why`.
+def read_images(source: str, seed: int) -> Dataset:
+    """The data to compare on.
 
     Raises:
         ValueError: `source` holds no images.
@@ -56,53 +44,89 @@ def compare_accuracy(
     data = read_dataset(source, seed=seed)
     if data.task != "image-classification":
         raise ValueError(f"train= wants images in class folders, {source} is for {data.task}")
+    return data
+
+
+def compare_accuracy(
+    rows: Mapping[str, dict[str, Any]],
+    data: Dataset,
+    training: dict[str, Any] | None,
+    *,
+    seconds: float,
+    epochs: int | None,
+    seed: int,
+    note: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Trains the small network with each mixer.
+
+    Args:
+        rows: for each name what is known of it, to which are added its `accuracy` on test images with one standard
+            `error`, the `loss` of the last steps, the network's `network_ms` for one image and `network_parameters`,
+            or `train_why`. What has its accuracy is not trained again.
+        training: how an earlier call trained, which this one goes on with.
+        keep: called with how all are trained whenever there is more in `rows`.
+    """
     end = time.perf_counter() + seconds * (1 - LATENCY_SHARE)
     settings = _settings(data, seed)
-    scores: dict[str, dict[str, Any]] = {name: {"accuracy": None, "train_why": ""} for name in names}
-    step_s: dict[str, float] = {}
-    for name in names:
-        note(f"first steps with {name}")
-        try:
-            step_s[name] = _step_seconds(name, data, settings)
-        except Exception as error:  # a mixer may be bound to other grids than the network's
-            scores[name]["train_why"] = reason(error)
     count = min(MOST_TESTED, len(data.test))
-    per_epoch = max(1, len(data.train) // settings.batch_size)
-    if epochs is not None:
-        steps = epochs * per_epoch
-    else:
-        left = max(0.0, end - time.perf_counter()) / max(sum(step_s.values()), 1e-9)
-        steps = max(1, int(left - TEST_STEP * count / settings.batch_size))
-    networks: dict[str, nn.Module] = {}
-    for i, name in enumerate(step_s):
-        note(f"training with {name} ({i + 1} of {len(step_s)}, {steps} steps)")
+    if training is None:
+        steps, per_epoch = _steps(rows, data, settings, count, end, epochs, note)
+        variant, sizes = _sizes(data.spec)
+        training = {
+            "images": len(data.train),
+            "tested": count,
+            "network": {"model": variant, **sizes, "grid": list(_grid(sizes))},
+            "steps": steps,
+            "epochs": steps / per_epoch,
+            "settings": settings.to_dict(),
+        }
+    keep(training)
+    for i, (name, row) in enumerate(rows.items()):
+        if "accuracy" in row:
+            continue
+        note(f"training with {name} ({i + 1} of {len(rows)}, {training['steps']} steps)")
         trainer = _trainer(name, data, settings)
         try:
             losses: list[float] = []
-            trainer.train(steps=steps, schedule="cosine", on_step=losses.append)
+            trainer.train(steps=training["steps"], schedule="cosine", on_step=losses.append)
         except Diverged as error:
-            scores[name]["train_why"] = str(error)
-            continue
-        right = trainer.evaluate(data.test, limit=MOST_TESTED)["accuracy"]
-        scores[name] |= {
-            "accuracy": right,
-            "error": math.sqrt(max(right * (1 - right), 1 / count) / count),
-            "loss": sum(losses[-LAST:]) / len(losses[-LAST:]),
-            "network_parameters": sum(p.numel() for p in trainer.model.parameters()),
-        }
-        networks[name] = trainer.model.cpu().eval()
-    _time(networks, data, scores, max(0.1, seconds * LATENCY_SHARE))
-    variant, sizes = _sizes(data.spec)
-    training = {
-        "data": source,
-        "images": len(data.train),
-        "tested": count,
-        "network": {"model": variant, **sizes, "grid": list(_grid(sizes))},
-        "steps": steps,
-        "epochs": steps / per_epoch,
-        "settings": settings.to_dict(),
-    }
-    return training, scores
+            row |= {"accuracy": None, "train_why": str(error)}
+        else:
+            right = trainer.evaluate(data.test, limit=MOST_TESTED)["accuracy"]
+            row |= {
+                "accuracy": right,
+                "train_why": "",
+                "error": math.sqrt(max(right * (1 - right), 1 / count) / count),
+                "loss": sum(losses[-LAST:]) / len(losses[-LAST:]),
+                "network_parameters": sum(p.numel() for p in trainer.model.parameters()),
+            }
+        keep(training)
+    _time({name: row for name, row in rows.items() if row["accuracy"] is not None}, data, seed, seconds)
+
+
+def _steps(
+    rows: Mapping[str, dict[str, Any]],
+    data: Dataset,
+    settings: Settings,
+    tested: int,
+    end: float,
+    epochs: int | None,
+    note: Callable[[str], None],
+) -> tuple[int, int]:
+    """Steps for each network, that all end in time or after `epochs`; and those of an epoch. Says what cannot train."""
+    took: dict[str, float] = {}
+    for name, row in rows.items():
+        note(f"first steps with {name}")
+        try:
+            took[name] = _step_seconds(name, data, settings)
+        except Exception as error:  # a mixer may be bound to other grids than the network's
+            row |= {"accuracy": None, "train_why": reason(error)}
+    per_epoch = max(1, len(data.train) // settings.batch_size)
+    if epochs is not None:
+        return epochs * per_epoch, per_epoch
+    left = max(0.0, end - time.perf_counter()) / max(sum(took.values()), 1e-9)
+    return max(1, int(left - TEST_STEP * tested / settings.batch_size)), per_epoch
 
 
 def small_network(mixer: str, spec: dict[str, Any], seed: int) -> nn.Module:
@@ -147,12 +171,13 @@ def _step_seconds(name: str, data: Dataset, settings: Settings) -> float:
     return (trainer.phase_seconds - before) / (TRIED - 1)
 
 
-def _time(networks: dict[str, nn.Module], data: Dataset, scores: dict[str, dict[str, Any]], seconds: float) -> None:
-    """Adds the latency of each trained network for one image, all interleaved."""
-    if not networks:
+def _time(rows: Mapping[str, dict[str, Any]], data: Dataset, seed: int, seconds: float) -> None:
+    """Adds the latency of each network for one image, all interleaved; what was learned does not change it."""
+    if not rows:
         return
     x = torch.randn(1, data.spec["in_chans"], *data.spec["img_size"])
+    networks = {name: small_network(name, data.spec, seed).eval() for name in rows}
     with torch.inference_mode():
         forms = {name: (lambda n=network: n(x)) for name, network in networks.items()}
-        for name, took in latency(forms, budget_s=seconds).items():
-            scores[name]["network_ms"] = took.median_ms
+        for name, took in latency(forms, budget_s=max(0.1, seconds * LATENCY_SHARE)).items():
+            rows[name]["network_ms"] = took.median_ms

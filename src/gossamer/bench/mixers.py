@@ -7,6 +7,7 @@
   attention; the block's linear parts and the overhead of small grids pull it down
 - before a mixer is timed it is called twice; one that fails, that may need more memory than there is, or whose calls
   would not leave time for the others is listed with the reason
+- what was measured is written after each grid and each training; the same call takes up what a stopped one left
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import nn
 
 from gossamer import __version__
-from gossamer.bench.accuracy import compare_accuracy
+from gossamer.bench.accuracy import compare_accuracy, read_images
 from gossamer.bench.block import heads_for, make_mixer, reason
 from gossamer.bench.plot import draw
 from gossamer.io import atomic_write, write_json
@@ -77,6 +78,7 @@ def bench_mixers(
         mixers: names, all that are registered by default.
         train: images to train a small network with each mixer on; anything `read_dataset` takes.
         out: folder for `results.json` and `mixers.svg`; by default one under `runs/` named after grid and channels.
+            The unfinished results of the same call in it are taken up.
         seconds: wall-clock time for everything.
         epochs: passes over the training data; as many as the time allows by default, the same for all.
         seed: weights, inputs, order of the training data.
@@ -84,7 +86,7 @@ def bench_mixers(
 
     Returns:
         What `results.json` holds: `mixers`, fastest first, with `sizes` (figures at each grid), `exponent` and
-        `accuracy`; `left_out` with the reason; `train`; `device` and versions.
+        `accuracy`; `left_out` with the reason; `train`; `complete`; `asked`; `device` and versions.
 
     Raises:
         ValueError: an unknown mixer, a grid of no or more than three axes, sizes below 1, or training on what are no
@@ -97,54 +99,25 @@ def bench_mixers(
         raise ValueError(f"dim must be positive, got {dim}")
     if train is not None and len(grid) != 2:
         raise ValueError(f"train= compares mixers of images, on a grid of two axes; got grid={grid}")
+    began = time.perf_counter()
+    data = read_images(train, seed) if train is not None else None
     names = list(dict.fromkeys(mixers)) if mixers is not None else list_mixers()
-    fitting, left_out = [], []
+    rows: dict[str, dict[str, Any]] = {}
+    unfit = []
     for name in names:
         axes = mixer_class(name).grids
         if len(grid) in axes:
-            fitting.append(name)
+            rows[name] = {"name": name, "sizes": [], "why": ""}
         else:
             words = " or ".join(map(str, axes))
-            left_out.append({"name": name, "why": f"works on {words} grid axes, not {len(grid)}"})
-    began = time.perf_counter()
+            unfit.append({"name": name, "why": f"works on {words} grid axes, not {len(grid)}"})
     folder = Path(out) if out is not None else Path("runs") / f"mixers-{words_of(grid)}-{dim}"
     heads = heads_for(dim)
     grids = growing(grid)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, disable=quiet) as bar:
-        task = bar.add_task("mixers", total=len(grids) + (train is not None), note="")
-
-        def note(text: str) -> None:
-            bar.update(task, note=text)
-
-        rows: dict[str, dict[str, Any]] = {name: {"name": name, "sizes": [], "why": ""} for name in fitting}
-        timing = seconds * (TIMING if train is not None else 0.95)
-        for i, size in enumerate(grids):
-            # Later grids hold four times the tokens: each gets twice the time of the one before.
-            left = began + timing - time.perf_counter()
-            share = max(LEAST_S, left * 2**i / sum(2**k for k in range(i, len(grids))))
-            _measure(rows, size, dim, heads, share, seed, note)
-            bar.advance(task)
-        ran = [row for row in rows.values() if row["sizes"]]
-        left_out += [{"name": row["name"], "why": row["why"]} for row in rows.values() if not row["sizes"]]
-        for row in ran:
-            row["exponent"] = exponent([s["tokens"] for s in row["sizes"]], [s["ms"] for s in row["sizes"]])
-        training = None
-        if train is not None:
-            training, scores = compare_accuracy(
-                [row["name"] for row in ran],
-                train,
-                seconds=began + seconds - time.perf_counter(),
-                epochs=epochs,
-                seed=seed,
-                note=note,
-            )
-            for row in ran:
-                row.update(scores[row["name"]])
-            bar.advance(task)
-    ran.sort(key=lambda row: (-row["sizes"][-1]["tokens"], row["sizes"][-1]["ms"]))
-    results = {
+    results: dict[str, Any] = {
         "command": "bench mixers",
+        "complete": False,
+        "asked": {"mixers": names, "train": train, "epochs": epochs, "seconds": seconds},
         "grid": list(grid),
         "grids": [list(size) for size in grids],
         "dim": dim,
@@ -152,20 +125,79 @@ def bench_mixers(
         "batch": 1,
         "dtype": "float32",
         "seed": seed,
-        "seconds": round(time.perf_counter() - began, 1),
-        "asked_seconds": seconds,
-        "mixers": ran,
-        "left_out": left_out,
-        "train": training,
+        "train": None,
         "device": {**device_info(), "gossamer": __version__},
         "folder": str(folder),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
-    if ran:
+    earlier = _left_by_a_stopped_call(folder / "results.json", results)
+    if earlier is not None:
+        began -= earlier["seconds"]
+        results["train"] = earlier["train"]
+        for row in earlier["mixers"] + earlier["left_out"]:
+            if row["name"] in rows:
+                rows[row["name"]] |= row
+
+    def keep(complete: bool = False) -> None:
+        ran = [row for row in rows.values() if row["sizes"]]
+        for row in ran:
+            row["exponent"] = exponent([s["tokens"] for s in row["sizes"]], [s["ms"] for s in row["sizes"]])
+        ran.sort(key=lambda row: (-row["sizes"][-1]["tokens"], row["sizes"][-1]["ms"]))
+        failed = [{"name": row["name"], "why": row["why"]} for row in rows.values() if not row["sizes"]]
+        spent = round(time.perf_counter() - began, 1)
+        results.update(complete=complete, seconds=spent, mixers=ran, left_out=unfit + failed)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "results.json", results)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, disable=quiet) as bar:
+        task = bar.add_task("mixers", total=len(grids) + (train is not None), note="")
+
+        def note(text: str) -> None:
+            bar.update(task, note=text)
+
+        timing = seconds * (TIMING if data is not None else 0.95)
+        done = {tuple(figures["grid"]) for row in rows.values() for figures in row["sizes"]}
+        for i, size in enumerate(grids):
+            if size not in done:
+                # Later grids hold four times the tokens: each gets twice the time of the one before.
+                left = began + timing - time.perf_counter()
+                share = max(LEAST_S, left * 2**i / sum(2**k for k in range(i, len(grids))))
+                _measure(rows, size, dim, heads, share, seed, note)
+                keep()
+            bar.advance(task)
+        if data is not None:
+
+            def keep_training(how: dict[str, Any]) -> None:
+                results["train"] = {"data": train, **how}
+                keep()
+
+            compare_accuracy(
+                {name: row for name, row in rows.items() if row["sizes"]},
+                data,
+                results["train"],
+                seconds=began + seconds - time.perf_counter(),
+                epochs=epochs,
+                seed=seed,
+                note=note,
+                keep=keep_training,
+            )
+            bar.advance(task)
+    keep()
+    if results["mixers"]:
         with atomic_write(folder / "mixers.svg") as file:
             file.write(draw(results))
+    keep(complete=True)
     return json.loads(json.dumps(results))
+
+
+def _left_by_a_stopped_call(path: Path, results: dict[str, Any]) -> dict[str, Any] | None:
+    """What is at `path` if it was left unfinished by a call like this one, on this device."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    same = all(found.get(key) == results[key] for key in ("complete", "asked", "grid", "dim", "seed", "device"))
+    return found if same else None
 
 
 def growing(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
