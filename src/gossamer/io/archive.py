@@ -26,6 +26,7 @@ from typing import Any
 
 GIB = 2**30
 _CHUNK = 2**20
+_TAR_CHUNK = 2**16  # tarfile copies what is left of a chunk at every read, and small files are many reads
 
 
 @dataclass
@@ -197,7 +198,7 @@ def _tar_members(archive: Path, head: bytes, max_bytes: int) -> Iterator[Member]
         # Headers come on top of the content, so the stream may be longer than the files in it.
         stream: Any = _Bounded(raw, 2 * max_bytes + 64 * _CHUNK)
         try:
-            tar = tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK)  # noqa: SIM115
+            tar = tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_CHUNK)  # noqa: SIM115
         except tarfile.ReadError:
             raise ValueError(f"{archive} is neither a zip nor a tar archive") from None
         with tar:
