@@ -4,17 +4,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: fit test bench install clean
+.PHONY: fit test lint suite bench install clean
 .DEFAULT_GOAL := fit
 
 fit: .venv/installed
 	$(BIN)/gossamer fit digits --budget latency=1ms --time 3m
 
-test: .venv/installed-test
+test: lint suite
+
+lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+suite: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: .venv/installed-bench

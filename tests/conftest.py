@@ -12,9 +12,6 @@ import pytest
 
 DATA = Path(os.environ.get("GOSSAMER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
-CHECKED_STEPS = 20
-trained = {"steps": 0, "counted": False}
-
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "flight: a whole run of the command, half a minute or more")
@@ -29,24 +26,6 @@ def pytest_collection_finish() -> None:
     """What is loaded stays: it need not be gone through for garbage again and again."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    """Shapes are checked in the first steps that a test trains: later ones have the same, and checks take a third."""
-    trained["steps"] = 0
-    jaxtyping.config.update("jaxtyping_disable", False)
-    if "torch" in sys.modules and not trained["counted"]:
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
-        register_optimizer_step_post_hook(count_step)
-        trained["counted"] = True
-
-
-def count_step(*_: Any) -> None:
-    trained["steps"] += 1
-    if trained["steps"] == CHECKED_STEPS:
-        jaxtyping.config.update("jaxtyping_disable", True)
 
 
 @pytest.fixture(autouse=True)

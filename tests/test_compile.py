@@ -44,7 +44,7 @@ def sizes() -> Iterator[Case]:
     from gossamer.models import create_model
 
     images = [(torch.randn(2, 3, *size),) for size in ((64, 64), (64, 96))]
-    swin = {"embed_dim": 8, "depths": (1, 2), "heads": (1, 2), "window": 4, "pad": True}
+    swin = {"embed_dim": 8, "depths": (2, 2), "heads": (1, 2), "window": 4, "pad": True}
     yield "swin", create_model("swin", **swin), images
     yield "sret", create_model("sret", base_dim=8, heads=(1, 2, 4), depths=(2, 2, 2), img_size=64), images
     dct = {"backbone": ("basic", (1, 1, 1, 1)), "width": 8, "pixels": True}
