@@ -56,7 +56,7 @@ def few():
 @pytest.fixture(scope="module")
 def done(digits, few, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    options = ShrinkOptions(model=str(digits), data="digits", shares={"macs": 0.6}, seconds=40, out=out, quiet=True)
+    options = ShrinkOptions(model=str(digits), data="digits", shares={"macs": 0.6}, seconds=60, out=out, quiet=True)
     return shrink(options), options
 
 
