@@ -10,6 +10,10 @@ from typing import Any
 import jaxtyping
 import pytest
 
+import shapes
+
+shapes.install()
+
 DATA = Path(os.environ.get("GOSSAMER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

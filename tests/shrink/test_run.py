@@ -136,32 +136,50 @@ def test_the_same_call_gives_the_same_answer_without_work(done):
 
 
 def test_a_killed_run_takes_up_what_was_finished(digits, few, tmp_path, monkeypatch):
+    """Killed as it tries its second change, and again when it has chosen what to train."""
     options = ShrinkOptions(
         model=str(digits), data="digits", shares={"macs": 0.6}, seconds=20, out=tmp_path / "out", quiet=True
     )
+    original = search.Search._apply
+    tried = []
+
+    def apply(self, recipe):
+        if recipe in finished:
+            pytest.fail("a finished trial was run again")
+        tried.append(recipe)
+        if not finished and len(tried) == 2:
+            raise KeyboardInterrupt
+        return original(self, recipe)
 
     def die(*_):
         raise KeyboardInterrupt
+
+    def stamps():
+        return {t: t.stat().st_mtime_ns for t in (tmp_path / "out" / "trials").glob("*/trial.json")}
+
+    finished = []
+    monkeypatch.setattr(search.Search, "_apply", apply)
+    with pytest.raises(KeyboardInterrupt):
+        shrink(options)
+    first = stamps()
+    finished += [json.loads(t.read_text())["recipe"] for t in first]
+    assert finished == tried[:1]
 
     with monkeypatch.context() as patch:
         patch.setattr(module._Run, "_finish", die)
         with pytest.raises(KeyboardInterrupt):
             shrink(options)
-    trials = sorted((tmp_path / "out" / "trials").glob("*/trial.json"))
-    assert trials
-    stamps = [t.stat().st_mtime_ns for t in trials]
-    finished = [json.loads(t.read_text())["recipe"] for t in trials]
-    original = search.Search._apply
+    before, chosen = stamps(), read_json(tmp_path / "out" / "chosen.json")
+    assert len(before) > len(first)
+    assert len(chosen) == module.MOST_FINALISTS
+    finished += [json.loads(t.read_text())["recipe"] for t in before]
 
-    def apply(self, recipe):
-        if recipe in finished:
-            pytest.fail("a finished trial was run again")
-        return original(self, recipe)
-
-    # A run that goes on may try more: the clock counts what was used, not what was waited for.
-    monkeypatch.setattr(search.Search, "_apply", apply)
-    assert shrink(options).meets_budget
-    assert [t.stat().st_mtime_ns for t in trials] == stamps
+    # What was chosen is not chosen again, nor is more tried: all time that is left goes into training.
+    result = shrink(options)
+    assert result.meets_budget
+    assert stamps() == before
+    names = [e["name"] for e in result.results["trials"] if e["status"] == "finished"]
+    assert names == chosen
 
 
 def test_a_recipe_is_followed_in_order(digits, few, tmp_path):

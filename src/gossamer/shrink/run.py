@@ -228,10 +228,16 @@ class _Run:
             self._trainer,
             self.trials,
         )
-        search.run()
-        left = self.clock.left - self.pace["test_s"]
-        count = max(1, min(MOST_FINALISTS, int(FILES_SHARE * left / max(self.pace["files_s"], 1e-3))))
-        chosen = search.best(HINTED * left)[:count]
+        # A run killed after its choice goes on with what it chose: another may not be trained in the time left.
+        noted = self.folder / "chosen.json"
+        if not noted.exists():
+            search.run()
+            left = self.clock.left - self.pace["test_s"]
+            count = max(1, min(MOST_FINALISTS, int(FILES_SHARE * left / max(self.pace["files_s"], 1e-3))))
+            best = search.best(HINTED * left)[:count]
+            write_json(noted, [trial.name for trial in best])
+        names = read_json(noted)
+        chosen = sorted((t for t in self.trials if t.name in names), key=lambda t: names.index(t.name))
         for number, trial in enumerate(chosen):
             more = len(chosen) - number
             left = self.clock.left - self.pace["test_s"] - more * self.pace["files_s"]

@@ -93,13 +93,14 @@ class Search:
         if self.small is not None and self.small.status == "rolled back":
             self.small = None
 
+        # What a killed run has tried counts, even where no time is left to come by it again.
+        files = sorted(self.folder.glob("trials/*/trial.json"), key=lambda file: file.stat().st_mtime)
+        self.trials += [Trial(**read_json(file)) for file in files]
+
     def run(self) -> None:
         """All trials there is time for."""
         screen_by = SCREEN_BY * self.clock.total
         known = [name for name in TRIED if name in passes()]
-        # What a killed run has tried counts, even where no time is left to come by it again.
-        files = sorted(self.folder.glob("trials/*/trial.json"), key=lambda file: file.stat().st_mtime)
-        self.trials += [Trial(**read_json(file)) for file in files]
 
         def late() -> bool:
             return self.clock.over(screen_by) and any(t.val is not None for t in self.trials)
