@@ -6,9 +6,10 @@ may be sizes or choices. Where all of that came before in the same function, it 
 """
 
 import functools
+import re
 import threading
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from typing import Any
 
 import jaxtyping
@@ -17,8 +18,9 @@ import torch
 
 check = jaxtyping.jaxtyped
 LONGEST = 32  # things in a container; longer ones are looked at each time
-PLAIN = (int, bool, str, types.NoneType, type)
+PLAIN = (int, bool, str, types.NoneType)
 ARRAYS = (torch.Tensor, torch.nn.Parameter, np.ndarray)
+READ = re.compile(r"\{[^}]*[.[(]")
 
 
 class Unknown(Exception):
@@ -29,27 +31,28 @@ def form(thing: Any) -> Hashable:
     """All that a check of `thing` looks at.
 
     Raises:
-        Unknown: it is long, or a tensor of a tracer, whose sizes may be symbols.
+        Unknown: it is long, a container of another kind, or a tensor of a tracer, whose sizes may be symbols.
     """
     kind = type(thing)
     if kind in ARRAYS:
         return kind, thing.dtype, thing.shape
-    if kind in PLAIN:
+    if kind in PLAIN or isinstance(thing, type):
         return kind, thing
-    if isinstance(thing, torch.Tensor):
-        raise Unknown
-    if kind in (list, tuple, dict):
+    if kind in (list, dict) or isinstance(thing, tuple):
         if len(thing) > LONGEST:
             raise Unknown
-        if kind is dict:
-            thing = thing.items()
-        return kind, *map(form, thing)
+        return kind, *map(form, thing.items() if kind is dict else thing)
+    if isinstance(thing, (torch.Tensor, Sequence, Set, Mapping)):
+        raise Unknown
     return kind
 
 
 def once(fn: Any, typechecker: Callable[..., Any]) -> Any:
-    """`fn` with jaxtyping's checks around it where a call's form is new."""
-    if not isinstance(fn, types.FunctionType):
+    """`fn` with jaxtyping's checks around it where a call's form is new.
+
+    Shapes that are read from an object (`{self.size}`) are not told by the form: those are checked at each call.
+    """
+    if not isinstance(fn, types.FunctionType) or any(READ.search(str(a)) for a in fn.__annotations__.values()):
         return check(fn, typechecker=typechecker)
     seen: set[Hashable] = set()
     answer = threading.local()

@@ -76,6 +76,34 @@ def test_long_lists_are_looked_at_each_time():
         first([1] * 100)
 
 
+def test_other_containers_and_classes_are_looked_at():
+    @checked
+    def count(words: set[str], kind: type[torch.nn.Module]) -> int:
+        return len(words)
+
+    for _ in range(2):
+        assert count({"a"}, torch.nn.Linear) == 1
+        with pytest.raises(TypeCheckError):
+            count({1}, torch.nn.Linear)
+        with pytest.raises(TypeCheckError):
+            count({"a"}, shapes.Hashable)
+
+
+def test_a_size_read_from_an_object_is_compared_at_each_call():
+    class Cut:
+        size = 2
+
+        @checked
+        def cut(self, x: Float[Tensor, " n"]) -> Float[Tensor, " {self.size}"]:
+            return x[:2]
+
+    cut, x = Cut(), torch.ones(3)
+    assert cut.cut(x).shape == (2,)
+    cut.size = 3
+    with pytest.raises(TypeCheckError, match="return value"):
+        cut.cut(x)
+
+
 def test_threads_do_not_take_each_others_results():
     @checked
     def of(size: int, results: list[Tensor]) -> Float[Tensor, "{size}"]:
