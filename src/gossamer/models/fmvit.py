@@ -5,7 +5,8 @@ Source: Tan et al. 2023, "FMViT: A multiple-frequency mixing Vision Transformer"
 - a reconstruction: no code was ever published and no full text could be read. The claims of the abstract are built on
   the skeleton of Next-ViT (Li et al. 2022), whose sizes the variants have; they are not the paper's models, and no
   accuracy is claimed for them
-- sure is the re-parameterised convolution (`gossamer.layers.reparam`): `merge(model.eval())` is exact
+- sure is the re-parameterised convolution (`gossamer.layers.reparam`): `merge(model.eval())` is exact; merged, S takes
+  229 ms where its branches take 389 (one image of 224 pixels, one thread of a CPU)
 - ours: two convolution paths (kernels 3 and 5) as the high frequencies; a dense branch and one of two groups in every
   product; keys and values are one product, so the grouped half of keys reads other channels than that of values
 - rows that fill no whole cell of the pooled map are not read as keys, as in Next-ViT
